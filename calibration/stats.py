@@ -1,0 +1,51 @@
+"""What calibration remembers of a space: sums over tokens, never the tokens.
+
+Every solver of infopt measures a candidate weight by the same number, the output error of a linear layer on the
+calibration inputs, ||X dW^T||^2 = tr(dW H dW^T) with H = X^T X (GPTQ, Frantar et al. 2022, eq. 1). So one Gram matrix per
+space serves all readers of the space and every candidate, and no search needs another forward pass. The sums are
+mergeable: statistics of two halves of the data add up to those of the whole.
+
+Legend: T tokens, C channels of the space.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_PANEL = (
+    384  # columns of one panel of the Gram matrix: wide enough for full speed, narrow enough to skip near half of it
+)
+
+
+class InputStats:
+    """Sums over the calibration inputs x_TC of one space, all fp32.
+
+    gram: X^T X [C, C]. mean_abs: mean |x| per channel [C]. tokens: rows seen.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._upper_CC = torch.zeros(width, width)
+        self._abs_C = torch.zeros(width)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count activations [..., C]."""
+        x_TC = x.reshape(-1, x.shape[-1]).float()
+        for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
+            self._upper_CC[start : start + _PANEL, start:].addmm_(x_TC[:, start : start + _PANEL].T, x_TC[:, start:])
+        self._abs_C += x_TC.abs().sum(0)
+        self.tokens += x_TC.shape[0]
+
+    def merge(self, other: InputStats) -> None:
+        self._upper_CC += other._upper_CC
+        self._abs_C += other._abs_C
+        self.tokens += other.tokens
+
+    @property
+    def gram(self) -> torch.Tensor:
+        upper = self._upper_CC.triu()
+        return upper + upper.triu(1).T
+
+    @property
+    def mean_abs(self) -> torch.Tensor:
+        return self._abs_C / max(self.tokens, 1)

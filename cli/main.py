@@ -1,0 +1,101 @@
+"""The `infopt` command: one thin file per sub-command, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import typer
+from click import Context
+from typer.core import TyperGroup
+
+from infopt.errors import InfoptError, OutOfResources
+
+#: sub-command -> (module in this folder, function, the line that `infopt --help` shows). Modules are imported when used.
+COMMANDS = {
+    "quantize": ("quantize", "quantize", "Quantize a model: awq, gptq, rtn, awq+gptq, or a recipe of your own."),
+    "verify": (
+        "verify",
+        "verify",
+        "Prove that a quantized folder holds what it should, and compare it with its original.",
+    ),
+    "eval": ("evaluate", "evaluate", "Perplexity of a model, quantized or not."),
+    "inspect": ("inspect", "inspect", "Show a model's layers, and its topology as found and proven."),
+    "convert": ("convert", "convert", "Convert a GGUF file to a Hugging Face folder."),
+    "recipe": ("recipe", "recipe", "List the recipes, or show one."),
+    "doctor": ("doctor", "doctor", "Versions, processor, memory, disk and GPU of this machine."),
+}
+
+
+class _Lazy(TyperGroup):
+    """Lists the commands without importing them, so that `infopt --help` answers at once."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Context, name: str):
+        if name not in COMMANDS:
+            return None
+        module, function, summary = COMMANDS[name]
+        if not ctx.args and ctx.invoked_subcommand is None and _listing():
+            return typer.main.get_command(_one(name, _summary_only, summary))
+        loaded = importlib.import_module(f"infopt.cli.{module}")
+        return typer.main.get_command(_one(name, getattr(loaded, function), None))
+
+
+def _one(name: str, function, summary: str | None) -> typer.Typer:
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name, help=summary)(function)
+    return single
+
+
+def _summary_only() -> None:
+    """Stands for a command while the list of commands is printed."""
+
+
+def _listing() -> bool:
+    """Whether `infopt --help` (or bare `infopt`) is asked, as opposed to a command or a command's help."""
+    return not any(word in COMMANDS for word in sys.argv[1:])
+
+
+app = typer.Typer(cls=_Lazy, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback(
+    epilog="Example: infopt quantize ./model --method awq --bits 4 --group-size 64 -o ./model-w4   "
+    "Exit codes: 0 done, 2 usage, 3 bad or unsafe input, 4 unsupported, 5 resources, 6 verification failed, "
+    "7 a quality gate failed, 130 interrupted (run the same command again to go on)."
+)
+def _root() -> None:
+    """Compress and convert large language models, and prove each result."""
+
+
+def main() -> None:
+    """Entry point: run the command, and turn every failure that a user can cause into a message and its exit code."""
+    # Models come from the folder or hub id that was named; nothing else may be fetched, and nothing may be reported home.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InfoptError as error:
+        _fail(error)
+    except MemoryError:
+        _fail(OutOfResources("out of memory", "", "close other programs, or try a smaller --seqlen"))
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _fail(error: InfoptError) -> None:
+    lines = [f"error: {error.what}"]
+    lines += [f"  because: {error.why}"] if error.why else []
+    lines += [f"  try: {error.fix}"] if error.fix else []
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

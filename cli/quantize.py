@@ -1,0 +1,238 @@
+"""`infopt quantize`: read a model, run a recipe on it block by block, write the folder, verify it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from infopt.recipe import Recipe
+    from infopt.recipes.run import BlockReport, Run
+
+Text = str | None
+EXAMPLE = "Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    method: Annotated[Text, typer.Option(help="rtn, awq, gptq or awq+gptq; see `infopt recipe list`.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file instead of --method.")] = None,
+    scheme: Annotated[Text, typer.Option(help="Short for --bits: W2A16, W3A16, W4A16 or W8A16.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
+    group_size: Annotated[Text, typer.Option(help="32, 64, 128 or channel: columns that share a scale.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
+    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: important columns first.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
+    group_fallback: Annotated[
+        Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")
+    ] = None,
+    dataset: Annotated[Text, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
+    verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
+    verify_samples: Annotated[int, typer.Option(help="Windows of the comparison.")] = 8,
+    verify_dataset: Annotated[
+        Text, typer.Option(help="Text of the comparison; held-out builtin text if absent.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative increase of perplexity.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
+    max_ram: Annotated[Text, typer.Option(help="Refuse to start if the run needs more, such as 8GB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+) -> None:
+    """Quantize a model: one block in memory at a time, resumable, verified.
+
+    Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4
+    """
+    flags = {
+        "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
+        "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
+        "seqlen": seqlen, "seed": seed,
+    }  # fmt: skip
+    settings = build_recipe(method, recipe, flags)
+    gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
+    comparison = (verify_dataset, verify_samples) if verify else None
+    if not verify and any(value is not None for value in gates.values()):
+        raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
+    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run)
+    if as_json:
+        print(json.dumps(report, indent=2))
+
+
+def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -> Recipe:
+    """The recipe that the flags describe: a named method or a file, with what was said on the command line over it."""
+    from infopt import recipes
+    from infopt.recipe import load_recipe, parse_recipe
+
+    if (method is None) == (path is None):
+        raise UsageError("give either --method or --recipe", "one of them says what to do", "--method awq")
+    base = recipes.named(method) if method else load_recipe(path)  # type: ignore[arg-type]
+    data = base.model_dump(mode="json")
+    if scheme := flags["scheme"]:
+        known = {f"W{b}A16": b for b in (2, 3, 4, 8)}
+        if scheme.upper() not in known:
+            raise UsageError(f"--scheme {scheme}", f"known: {', '.join(known)}", "--scheme W4A16")
+        if flags["bits"] not in (None, known[scheme.upper()]):
+            raise UsageError(f"--scheme {scheme} with --bits {flags['bits']}", "they contradict each other", "drop one")
+        data["weights"]["bits"] = known[scheme.upper()]
+    size = flags["group_size"]
+    given = {**flags, "group_size": int(size) if size and size.isdigit() else size}
+    for section, keys in {"weights": ("bits", "group_size", "symmetric"),
+                          "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
+        data[section].update({key: given[key] for key in keys if given[key] is not None})
+    data.update({key: flags[key] for key in ("ignore", "group_fallback") if flags[key]})
+    if flags["act_order"]:
+        rows = [row for row in data["steps"] if "gptq" in row]
+        if not rows:
+            raise UsageError("--act-order", f"{method or path} has no gptq step", "--method gptq --act-order")
+        for row in rows:
+            row["gptq"] = {**(row["gptq"] or {}), "act_order": True}
+    return parse_recipe(data, "command line")
+
+
+def _run(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    comparison: tuple[str | None, int] | None,
+    gates: dict[str, float | None],
+    max_ram: str | None,
+    dry_run: bool,
+) -> dict[str, Any]:
+    from infopt import recipes
+    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+    from infopt.checkpoint import CheckpointReader, resolve
+    from infopt.errors import Unsupported
+    from infopt.output import OutputFolder
+    from infopt.recipes.run import Run
+
+    started = time.monotonic()
+    source = resolve(model)
+    reader = CheckpointReader(source)
+    if reader.config.get("quantization_config"):
+        raise Unsupported(
+            f"{source}: the model is quantized already",
+            "quantizing codes again would lose twice",
+            "give the original model",
+        )
+    steps = recipes.build_steps(recipe)
+    windows, data_report = None, None
+    if any(step.needs_stats for step in steps):
+        data = recipe.calibration
+        spec = DataSpec(data.dataset, data.num_samples, data.seqlen, data.seed, data.split, data.column)
+        vocab = reader.config.get("vocab_size")
+        windows, data_report = load_windows(
+            spec, load_tokenizer(source), part="calibration", vocab_size=vocab if isinstance(vocab, int) else None
+        )
+    with OutputFolder(output, overwrite=overwrite, source=source) as out:
+        run = Run(reader, recipe, steps, out, windows, data_report)
+        _check_memory(run, max_ram)
+        if dry_run:
+            out.discard()
+            return _plan_report(run)
+        _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
+        run(resume, _Progress(run.blocks))
+        quantized = time.monotonic()
+        verdict = None
+        if comparison:
+            verdict = _verify(out.stage, source, comparison, gates)
+        out.commit()
+    _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
+    report = {
+        "output": str(output),
+        "seconds_quantizing": quantized - started,
+        "verdict": verdict and verdict.to_json(),
+    }
+    if verdict:
+        verdict.raise_for_gates()
+    else:
+        _note(f"not verified: `infopt verify {output} --reference {model}`")
+    return report
+
+
+def _verify(stage: Path, source: Path, comparison: tuple[str | None, int], gates: dict[str, float | None]):
+    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+    from infopt.report import show_verdict
+    from infopt.runtime.verify import Gates, verify
+
+    dataset, samples = comparison
+    spec = DataSpec(dataset or "builtin", samples, 512)
+    windows, _ = load_windows(spec, load_tokenizer(source), part="evaluation")
+    verdict = verify(stage, source, windows, Gates(**gates))
+    show_verdict(verdict)
+    return verdict
+
+
+def _check_memory(run: Run, limit: str | None) -> None:
+    from infopt.errors import OutOfResources
+    from infopt.recipes.run import memory_needed
+
+    if limit is None:
+        return
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = limit.rstrip("KMGiBkmgb ")
+    unit = limit[len(digits) :].strip().upper()
+    try:
+        most = float(digits) * units[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"--max-ram {limit}", "not a size", "write it like 8GB or 512MiB") from None
+    need = memory_needed(run)
+    if need > most:
+        raise OutOfResources(
+            f"this run needs about {need / 1e9:.2f} GB of memory",
+            f"--max-ram allows {most / 1e9:.2f} GB; one block, its statistics and one batch must fit",
+            "a shorter --seqlen or --method rtn needs less",
+        )
+
+
+def _plan_report(run: Run) -> dict[str, Any]:
+    from infopt.recipes.run import memory_needed
+
+    layers = len(run.plan.grids)
+    _note(f"{run.blocks} blocks; {layers} layers would be quantized, {len(run.plan.kept)} kept; "
+          f"about {memory_needed(run) / 1e9:.2f} GB of memory")  # fmt: skip
+    return {
+        "blocks": run.blocks,
+        "layers": sorted(run.plan.grids),
+        "kept": run.plan.kept,
+        "memory_bytes": memory_needed(run),
+    }
+
+
+class _Progress:
+    """One line per block: worst error of its layers, bits per weight, time left."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.began, self.fresh = blocks, time.monotonic(), 0
+
+    def __call__(self, report: BlockReport, resumed: bool) -> None:
+        done = report.index + 1
+        line = f"block {done}/{self.blocks}"
+        if resumed:
+            _note(f"{line}  done by an earlier run")
+        else:
+            self.fresh += 1
+            left = (time.monotonic() - self.began) / self.fresh * (self.blocks - done)
+            error = report.error()
+            shown = f"  worst relative error {error:.2e}" if error is not None else ""
+            _note(f"{line}{shown}  {len(report.layers)} layers  {left:.0f} s left")
+        for note in report.notes:
+            _note(f"  note: {note}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""A model folder as a whole: which reader opens it, and what an exported one carries besides tensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from infopt.checkpoint import CheckpointReader
+from infopt.errors import Unsupported
+from infopt.exporters.compressed_tensors import QuantizedReader
+
+
+def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
+    """The reader for a folder, by its config's quantization_config; Unsupported for formats that infopt does not read."""
+    reader = CheckpointReader(folder)
+    settings = reader.config.get("quantization_config")
+    if not settings:
+        return reader
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method != "compressed-tensors":
+        raise Unsupported(
+            f"{folder}: the model is quantized already, as {method!r}",
+            "infopt reads compressed-tensors (weight-only integers) and unquantized folders",
+            "give the original model",
+        )
+    return QuantizedReader(folder)
+
+
+def model_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A folder's config without its quantization: what the model definition is built from."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def write_folder(stage: Path, source: CheckpointReader, quantization: dict[str, Any]) -> None:
+    """Everything but the weights: config.json with `quantization_config` added, all other keys and their spelling kept
+    (transformers 5 rewrites rope settings in a way that version 4 misreads), and the source's side files byte for byte."""
+    config = {**model_config(source.config), "quantization_config": quantization}
+    (stage / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in source.side_files():
+        target = stage / path.relative_to(source.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -1,0 +1,105 @@
+"""Quantized linears on a processor: a weight is prepared once, then used for every token.
+
+Two precisions, for two purposes:
+
+* `exact`: dequantized once to fp32, then `F.linear`. The arithmetic of the float model, so a comparison with it sees
+  the error of the checkpoint and nothing else. The default of `verify` and `eval`.
+* `packed`: the weights stay packed in memory, activations are rounded to bf16. Kernels of torch, each with limits that
+  it does not always check itself, so all of them are checked here; where they do not hold, the answer is `exact`.
+
+  | kernel     | grid                           | limits                                                          |
+  | ---------- | ------------------------------ | --------------------------------------------------------------- |
+  | `int4pack` | up to 4 bits, any zero point   | O % 16 == 0, columns per scale in 32, 64, 128, 256              |
+  | `int8pack` | 8 bits, symmetric, per channel | I % 16 == 0: without it torch reads out of bounds and can crash |
+
+`int4pack` computes w = (code - 8) * scale + offset, so an integer zero point z is the offset (8 - z) * scale; a code of
+2 or 3 bits is also one of 4. A scale per channel is repeated for pieces of 256 columns or fewer. Both kernels are
+vectorised on AVX2 and AVX-512, and plain (slow) code everywhere else. Activations, scales and offsets are rounded to
+bf16, hence `packed`'s relative error of about 3e-3. Refused: fp16 and fp32 activations with these kernels; torch has only
+scalar code for them, 30 times slower than dequantizing.
+
+Legend: T tokens (any leading dimensions), I input columns, O output channels, G groups of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infopt.qtensor import QTensor
+
+Precision = Literal["exact", "packed"]
+_INT4_GROUPS = (256, 128, 64, 32)
+
+
+@dataclass(frozen=True)
+class PreparedLinear:
+    """A weight ready for use. `kernel` says what runs: "fp32", "int4pack" or "int8pack"."""
+
+    kernel: str
+    multiply: Callable[[Tensor], Tensor]  # [T, I] -> [T, O], both fp32
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """y [..., O] in the dtype of x [..., I]."""
+        y_TO = self.multiply(x_TI.reshape(-1, x_TI.shape[-1]))
+        if bias_O is not None:
+            y_TO = y_TO + bias_O.to(y_TO.dtype)
+        return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
+
+
+def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
+    """The kernel for this weight; `packed` falls back to `exact` outside torch's limits, and `.kernel` tells."""
+    if precision == "packed":
+        if _int4_group(q) is not None:
+            return _int4pack(q)
+        if _fits_int8(q):
+            return _int8pack(q)
+    w_OI = q.dequantize(torch.float32)
+    return PreparedLinear("fp32", lambda x_TI: F.linear(x_TI.to(torch.float32), w_OI))
+
+
+def _int4_group(q: QTensor) -> int | None:
+    """The number of columns per scale that the kernel would use, None where it cannot be used."""
+    rows, columns = q.shape
+    if q.grid.bits > 4 or rows % 16 or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return None
+    width = q.grid.width(columns)
+    if q.grid.group is not None:
+        return width if width in _INT4_GROUPS and columns % width == 0 else None
+    return next((group for group in _INT4_GROUPS if width % group == 0), None)
+
+
+def _int4pack(q: QTensor) -> PreparedLinear:
+    columns = q.shape[1]
+    group = _int4_group(q)
+    packed = torch._convert_weight_to_int4pack_for_cpu(q.codes.to(torch.int32), 1)
+    scale_OG = q.scale.to(torch.float32)
+    offset_OG = (8 - q.zero.to(torch.float32)) * scale_OG
+    repeats = columns // group // scale_OG.shape[1]
+    pairs = torch.stack([scale_OG, offset_OG], dim=-1).repeat_interleave(repeats, dim=1)
+    scale_offset_GO2 = pairs.transpose(0, 1).contiguous().to(torch.bfloat16)
+
+    def multiply(x_TI: Tensor) -> Tensor:
+        x_TI = x_TI.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, packed, group, scale_offset_GO2).to(torch.float32)
+
+    return PreparedLinear("int4pack", multiply)
+
+
+def _fits_int8(q: QTensor) -> bool:
+    return q.grid.bits == 8 and q.grid.symmetric and q.scale.shape[1] == 1 and q.shape[1] % 16 == 0
+
+
+def _int8pack(q: QTensor) -> PreparedLinear:
+    codes_OI = (q.codes.to(torch.int16) - q.grid.middle).to(torch.int8)
+    scale_O = q.scale[:, 0].to(torch.bfloat16)
+
+    def multiply(x_TI: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x_TI.to(torch.bfloat16).contiguous(), codes_OI, scale_O).to(torch.float32)
+
+    return PreparedLinear("int8pack", multiply)

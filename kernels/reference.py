@@ -1,0 +1,22 @@
+"""What each quantized operation means, in plain torch and fp32. Every fast kernel is tested against this file.
+
+    y = x W^T + b,   W = (codes - zero) * scale
+
+Nothing here is fast, and nothing here may be clever.
+
+Legend: T tokens (any leading dimensions), I input columns, O output channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infopt.qtensor import QTensor
+
+
+def linear(x_TI: Tensor, q: QTensor, bias_O: Tensor | None = None) -> Tensor:
+    """y [..., O] in fp32 for x [..., I] of any floating dtype; the weight is dequantized in fp32 on every call."""
+    bias = None if bias_O is None else bias_O.to(torch.float32)
+    return F.linear(x_TI.to(torch.float32), q.dequantize(torch.float32), bias)

@@ -1,0 +1,120 @@
+"""One block on the workbench: what every step of a recipe reads and changes.
+
+A step is a callable on a `BlockWork`. It may scale weights in place (recording what it rewrote) and it may finish an op
+by giving its QTensor. The Gram matrices follow the scales analytically: when the inputs of a space are divided by s,
+H becomes H / (s s^T), so no step has to run the block again.
+
+Legend: O output channels, I input columns, C channels of a space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from infopt.calibration.stats import InputStats
+from infopt.grid import Grid
+from infopt.qtensor import QTensor
+from infopt.topology import Fold, Op, Space, Topology
+
+
+class Step(Protocol):
+    """A row of a recipe. needs_stats: whether the block's calibration inputs must have been gathered."""
+
+    @property
+    def needs_stats(self) -> bool: ...
+
+    def __call__(self, work: BlockWork) -> None: ...
+
+
+@dataclass
+class BlockWork:
+    """block: the module with fp32 parameters. grids: the numeric type of every op to quantize; absent ops are left alone.
+    stats: by space name, empty for methods without data. stored: the storage dtype of each parameter, by its path in
+    the block. Filled by steps: `results` (op -> QTensor), `rewritten` (parameter paths that no longer equal the source)
+    and `notes` (what the user should know).
+    """
+
+    block: nn.Module
+    topology: Topology
+    grids: Mapping[str, Grid]
+    stats: Mapping[str, InputStats]
+    stored: Mapping[str, torch.dtype]
+    results: dict[str, QTensor] = field(default_factory=dict)
+    rewritten: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    _grams: dict[str, torch.Tensor] = field(default_factory=dict)
+    _scales: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def targets(self, space: Space) -> Iterator[tuple[Op, Grid]]:
+        """The readers of a space that are to be quantized and are not finished, with their grids."""
+        for op in self.topology.readers(space):
+            if op.name in self.grids and op.name not in self.results:
+                yield op, self.grids[op.name]
+
+    def weight(self, op: Op) -> torch.Tensor:
+        """A view of the op's weight as [O, I], whatever way the module stores it; a norm's as [C]."""
+        weight = self._parameter(op.name, "weight")
+        return weight.T if op.kind == "conv1d" else weight
+
+    def bias(self, op: Op) -> torch.Tensor | None:
+        return None if self.block.get_submodule(op.name).bias is None else self._parameter(op.name, "bias")
+
+    def gram(self, space: Space) -> torch.Tensor:
+        """X^T X [C, C] of the space as it is now, after every scale folded so far."""
+        if space.name not in self._grams:
+            self._grams[space.name] = self.stats[space.name].gram
+        return self._grams[space.name]
+
+    def mean_abs(self, space: Space) -> torch.Tensor:
+        """Mean |x| [C] of the space as it is now."""
+        mean = self.stats[space.name].mean_abs
+        return mean / self._scales[space.name] if space.name in self._scales else mean
+
+    def scale_space(self, space: Space, scale_C: torch.Tensor) -> None:
+        """Divide the space's channels by s and multiply its readers' columns: the block's function stays.
+
+        scale_C: positive fp32, equal on columns that one writer channel feeds. What the writer's storage type makes of the
+        division is what the readers undo, so a norm kept in bf16 adds no error of its own.
+        """
+        if space.fold is None:
+            raise ValueError(f"space {space.name} has no proven fold")
+        scale_C = self._scale_writer(space.fold, scale_C)
+        for op in self.topology.readers(space):
+            self.weight(op).mul_(scale_C)
+            self.rewritten.add(f"{op.name}.weight")
+        self._grams[space.name] = self.gram(space) / scale_C / scale_C[:, None]
+        self._scales[space.name] = self._scales.get(space.name, 1) * scale_C
+
+    def finish(self, op: Op, q: QTensor) -> None:
+        self.results[op.name] = q
+
+    def _scale_writer(self, fold: Fold, scale_C: torch.Tensor) -> torch.Tensor:
+        """Divide the writer's channels by the scale; returns the scale that the stored writer really has, per column."""
+        op = self.topology.op(fold.writer)
+        weight, bias = self.weight(op), self.bias(op)
+        rows = torch.arange(op.out_features) if fold.rows is None else torch.tensor(fold.rows)
+        s_R = torch.ones(op.out_features).scatter_(0, rows, scale_C)
+        if fold.law != "linear":
+            offset = 1.0 if fold.law == "one_plus" else 0.0
+            old = weight + offset
+            new = (old / s_R - offset).to(self.stored[f"{op.name}.weight"]).float()
+            # Channels that rounding would lose (or that are zero) keep their weight, and so their scale of one.
+            ok = (new + offset != 0) & (old != 0)
+            new = torch.where(ok, new, weight)
+            s_R = torch.where(ok, old / (new + offset), torch.ones(()))
+            weight.copy_(new)
+        else:
+            weight.div_(s_R[:, None])
+        self.rewritten.add(f"{op.name}.weight")
+        if bias is not None:
+            bias.div_(s_R)
+            self.rewritten.add(f"{op.name}.bias")
+        return s_R[rows]
+
+    def _parameter(self, op_name: str, name: str) -> torch.Tensor:
+        return self.block.get_submodule(op_name).get_parameter(name).data
