@@ -15,7 +15,7 @@ Legend: B batch, T time, H hidden width, O output channels, C columns of a space
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,8 +43,9 @@ def discover(skeleton: Skeleton, i: int) -> Topology:
     """
     if skeleton.dtype != torch.float32:
         raise ValueError(f"a proof needs float32, not {skeleton.dtype}")
-    proof_call = skeleton.calls(*PROOF_SHAPE)[i]
-    probe_call = skeleton.calls(SAMPLES, 1)[i]
+    with skeleton.outer_loaded():
+        proof_call = skeleton.calls(*PROOF_SHAPE)[i]
+        probe_call = skeleton.calls(SAMPLES, 1)[i]
     block = skeleton.model.get_submodule(skeleton.blocks[i])
     borrowed = any(parameter.is_meta for parameter in block.parameters())
     if borrowed:
@@ -105,13 +106,14 @@ def _trace(block: nn.Module, call: BlockCall, hidden_BTH: Tensor) -> _Trace:
     candidates = {name: op for name, module in block.named_modules() if (op := _as_op(name, module)) is not None}
     runs: list[tuple[str, Tensor, tuple[int, ...]]] = []  # the tensors are kept alive, so that addresses stay unique
 
-    def note(name: str, args: tuple[Tensor, ...]) -> None:
-        runs.append((name, args[0], _address(args[0])))
+    def hook(op: Op) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...], out: object) -> None:
+            if _is_what_it_says(op, module, args[0], out):
+                runs.append((op.name, args[0], _address(args[0])))
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _module, args, name=name: note(name, args))
-        for name in candidates
-    ]
+        return note
+
+    handles = [block.get_submodule(op.name).register_forward_hook(hook(op)) for op in candidates.values()]
     try:
         call.run(block, hidden_BTH)
     finally:
@@ -145,9 +147,19 @@ def _as_op(name: str, module: nn.Module) -> Op | None:
     return Op(name, kind, outputs, inputs)
 
 
+def _is_what_it_says(op: Op, module: nn.Module, x: Tensor, out: object) -> bool:
+    """Whether a matrix op's answer is its input times its matrix: a router that also picks experts is more than that."""
+    if not isinstance(out, Tensor):
+        return False
+    if op.kind == "norm":
+        return out.shape == x.shape
+    product = nn.functional.linear(x, _matrix(op, module), dict(module.named_parameters()).get("bias"))
+    return _relative(product, out) <= TOLERANCE
+
+
 def _address(x: Tensor) -> tuple[int, ...]:
     """The same for a tensor and its reshaped views, another for a tensor that was changed in place in between."""
-    return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape[-1], x.numel(), x.stride(-1), x._version
+    return x.untyped_storage().data_ptr(), int(x.storage_offset()), x.shape[-1], x.numel(), x.stride(-1), x._version
 
 
 # 2. Probe

@@ -18,7 +18,7 @@ Legend: B samples, C columns of a space, O output channels of an op.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from infopt.model import BlockCall
 
-SAMPLES = 16
+OFFSETS = (0.01, 0.05, 0.2, 1.0, 2.0, 2.5, 3.0, 4.0)
+SAMPLES = 2 * len(OFFSETS)
 DIGITS = 256
 RATIO_TOLERANCE = 3e-4  # float32 products err by 1e-6; neighbouring digits differ by 5e-3
 RANDOM_MASKS = 2
@@ -66,9 +67,19 @@ class Bench:
         with _hooks(self.ops, lambda name, out: outputs.setdefault(name, out)):
             self.call.run(self.block, self.hidden_B1H)
         for name, out in outputs.items():
-            size = torch.logspace(-2, 0, out.shape[0]).view(-1, *[1] * (out.dim() - 1))
-            self.offsets[name] = out.abs().max() * size * torch.randn(out.shape, generator=self.generator)
+            self.offsets[name] = out.abs().max() * self._offset(out.shape)
         self.base = self.observe(None, None)
+
+    def _offset(self, shape: torch.Size) -> Tensor:
+        """Random offsets in units of the op's largest output. Samples come in pairs of opposite sign, some of them larger than
+        any output, so that every unit is far on either side of zero in several samples."""
+        sizes = torch.tensor(OFFSETS)[torch.arange(shape[0]) // 2 % len(OFFSETS)]
+        signs = 1 - 2.0 * (torch.arange(shape[0]) % 2)
+        scale = (sizes * signs).view(-1, *[1] * (len(shape) - 1))
+        pairs = (shape[0] + 1) // 2
+        noise = 0.5 + torch.rand(pairs, *shape[1:], generator=self.generator)
+        noise *= 1 - 2.0 * torch.randint(0, 2, noise.shape, generator=self.generator)
+        return scale * noise.repeat_interleave(2, 0)[: shape[0]]
 
     def observe(self, op: str | None, factor_O: Tensor | None) -> list[Tensor]:
         """The spaces [B, C] of a run in which the op's output was multiplied by the factors."""
@@ -77,8 +88,9 @@ class Bench:
             offset = self.offsets.get(name)
             if offset is not None and offset.shape == out.shape:
                 out = out + offset
-            fits = name == op and factor_O is not None and out.shape[-1] == len(factor_O)
-            return out * factor_O if fits else out
+            if name != op or factor_O is None or out.shape[-1] != len(factor_O):
+                return out
+            return out * factor_O
 
         seen: dict[str, Tensor] = {}
         with _hooks(self.ops, change), _watch(self.ops, self.first_readers, seen):
@@ -147,6 +159,7 @@ def _read_digit(before_BC: Tensor, after_BC: Tensor) -> tuple[Tensor, Tensor]:
         return nothing, nothing.bool()
     before, after = before_BC.double(), after_BC.double()
     ratio_C = (before * after).sum(0) / (before * before).sum(0).clamp(min=1e-300)
+    ratio_C = torch.nan_to_num(ratio_C, nan=1.0)  # values that overflow fail the comparison below
     digit_C = ((ratio_C.clamp(min=1e-3).log2() + 1) * (DIGITS / 2) - 0.5).round().clamp(0, DIGITS - 1).long()
     factor_C = _factor(digit_C).double()
     error_BC = (after - factor_C * before).abs()
@@ -161,12 +174,13 @@ def _differs(before_BC: Tensor, after_BC: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooks(ops: dict[str, nn.Module], change) -> Iterator[None]:
-    """`change(name, output)` gives what each op answers instead."""
-    handles = [
-        module.register_forward_hook(lambda _module, _args, out, name=name: change(name, out))
-        for name, module in ops.items()
-    ]
+def _hooks(ops: dict[str, nn.Module], change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """`change(name, output)` is what each op answers instead; answers other than one tensor are left alone."""
+
+    def hook(name: str) -> Callable[..., Tensor | None]:
+        return lambda _module, _args, out: change(name, out) if isinstance(out, Tensor) else None
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in ops.items()]
     try:
         yield
     finally:
@@ -178,10 +192,13 @@ def _hooks(ops: dict[str, nn.Module], change) -> Iterator[None]:
 def _watch(ops: dict[str, nn.Module], names: list[str], seen: dict[str, Tensor]) -> Iterator[None]:
     """Copy what the named ops read, as [B, C], before anyone can change it in place."""
 
-    def note(name: str, args: tuple[Tensor, ...]) -> None:
-        seen[name] = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+    def hook(name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
 
-    handles = [ops[name].register_forward_pre_hook(lambda _module, args, name=name: note(name, args)) for name in names]
+        return note
+
+    handles = [ops[name].register_forward_pre_hook(hook(name)) for name in names]
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def _conversation(where: str, name: str, messages: list[Any], tokenizer: PreTrai
     if not turns:
         return ""
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))  # type: ignore[arg-type]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
         raise BadInput(
             f"{where}: the chat template refuses column {name!r}", _reason(error), "Correct the row or remove it."

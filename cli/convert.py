@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -33,17 +32,16 @@ def convert(
     import torch
 
     from infopt.exporters.gguf_import import convert_gguf
+    from infopt.report import json_out, note
 
     done = convert_gguf(model, output, getattr(torch, dtype.value), overwrite)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(done)))
+        json_out(dataclasses.asdict(done))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.stored_as.items()))
-    typer.echo(
-        f"{model.name}: {done.architecture}, {done.parameters / 1e6:.1f} M parameters, tensors: {kinds}", err=True
-    )
-    typer.echo(f"{output}: {done.bytes_written / 1e6:.0f} MB as {dtype.value}, {done.tensors} tensors", err=True)
+    note(f"{model.name}: {done.architecture}, {done.parameters / 1e6:.1f} M parameters, tensors: {kinds}")
+    note(f"{output}: {done.bytes_written / 1e6:.0f} MB as {dtype.value}, {done.tensors} tensors")
     if not done.tokenizer:
-        typer.echo("The file has no tokenizer: copy one into the folder before you quantize or evaluate.", err=True)
+        note("The file has no tokenizer: copy one into the folder before you quantize or evaluate.", "yellow")
     if done.unused:
-        typer.echo(f"Not used, the model has no place for them: {', '.join(done.unused)}", err=True)
+        note(f"Not used, the model has no place for them: {', '.join(done.unused)}", "yellow")

@@ -15,6 +15,7 @@ from infopt.errors import UsageError
 if TYPE_CHECKING:
     from infopt.recipe import Recipe
     from infopt.recipes.run import BlockReport, Run
+    from infopt.runtime.verify import Verdict
 
 Text = str | None
 EXAMPLE = "Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4"
@@ -138,6 +139,7 @@ def _run(
         windows, data_report = load_windows(
             spec, load_tokenizer(source), part="calibration", vocab_size=vocab if isinstance(vocab, int) else None
         )
+    compared = _comparison_windows(source, reader.config, recipe, comparison) if comparison else None
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Run(reader, recipe, steps, out, windows, data_report)
         _check_memory(run, max_ram)
@@ -148,8 +150,8 @@ def _run(
         run(resume, _Progress(run.blocks))
         quantized = time.monotonic()
         verdict = None
-        if comparison:
-            verdict = _verify(out.stage, source, comparison, gates)
+        if compared is not None:
+            verdict = _verify(out.stage, source, compared, gates)
         out.commit()
     _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
     report = {
@@ -164,14 +166,22 @@ def _run(
     return report
 
 
-def _verify(stage: Path, source: Path, comparison: tuple[str | None, int], gates: dict[str, float | None]):
+def _comparison_windows(source: Path, config: dict[str, Any], recipe: Recipe, comparison: tuple[str | None, int]) -> Any:
+    """The windows of the comparison, read before the work: a typing mistake must not show after an hour."""
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+
+    dataset, samples = comparison
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    length = min(recipe.calibration.seqlen, positions) if isinstance(positions, int) else recipe.calibration.seqlen
+    spec = DataSpec(dataset or "builtin", samples, length)
+    return load_windows(spec, load_tokenizer(source), part="evaluation")[0]
+
+
+def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None]) -> Verdict:
+    """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
     from infopt.report import show_verdict
     from infopt.runtime.verify import Gates, verify
 
-    dataset, samples = comparison
-    spec = DataSpec(dataset or "builtin", samples, 512)
-    windows, _ = load_windows(spec, load_tokenizer(source), part="evaluation")
     verdict = verify(stage, source, windows, Gates(**gates))
     show_verdict(verdict)
     return verdict

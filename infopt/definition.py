@@ -1,8 +1,9 @@
-"""Everything that infopt asks of transformers: a model definition on meta, the renaming of keys, the conversion of weights.
+"""Everything that infopt asks of transformers: a definition on meta, the renaming of keys, the conversion of weights.
 
 transformers keeps the tables that say how a checkpoint's tensors become a model's parameters (legacy names, per-expert
 files stacked into one parameter, fused projections split). They live in internal modules that are imported by path, so
-they are used here only, each in one small function. No code from a checkpoint is ever run, and nothing here reaches a network.
+they are used here only, each in one small function. No code from a checkpoint is ever run, and nothing here reaches a
+network.
 """
 
 from __future__ import annotations
@@ -35,7 +36,19 @@ from infopt.sizes import check_sizes
 
 # Keys that could make transformers fetch code or kernels, or build tables that a causal LM has no use for.
 _DROPPED_KEYS = frozenset(
-    ["auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "_name_or_path", "name_or_path", "num_labels", "id2label", "label2id"]
+    [
+        "auto_map",
+        "quantization_config",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+        "_experts_implementation",
+        "_name_or_path",
+        "name_or_path",
+        "num_labels",
+        "id2label",
+        "label2id",
+    ]
 )
 _BUILD_ERRORS = (
     ValueError,
@@ -119,8 +132,8 @@ class KeyMap:
     """Every checkpoint key, mapped once: to a block, to the outer parts, or to nothing (`extra`).
 
     one_to_one: parameter path -> the checkpoint keys that become it without any conversion.
-    Raises BadInput where a tensor's shape contradicts config.json, where a tensor is missing, or where the checkpoint has
-    more layers than config.json says.
+    Raises BadInput where a tensor's shape contradicts config.json, where a tensor is missing, or where the checkpoint
+    has more layers than config.json says.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: str, depth: int, weights: Weights) -> None:
@@ -172,7 +185,7 @@ def _rename(model: PreTrainedModel, keys: Iterable[str], state: dict[str, Tensor
 
 def load_keys(model: PreTrainedModel, keys: list[str], weights: Weights, dtype: torch.dtype) -> None:
     """Read these checkpoint tensors into the model as `dtype`. BadInput names the file and tensor that do not fit."""
-    mapping = get_model_conversion_mapping(model)
+    mapping: list[Any] = list(get_model_conversion_mapping(model))
     config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
     with _without_progress_bar():
         answer = convert_and_load_state_dict_in_model(model, {key: _Lazy(weights, key) for key in keys}, config)

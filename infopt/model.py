@@ -5,9 +5,9 @@ memory). Every checkpoint key is mapped once to a parameter with transformers' o
 projections and legacy names need no table of ours. A block is loaded, used and put back on meta; nothing retains it.
 
 The arguments that a block receives besides the hidden states (masks, rotary angles, positions) are not re-derived here.
-They are *captured*: the blocks in the ModuleList are replaced by stubs for one forward of the model, and each stub writes
-down its call. The same stubs give the head: a forward whose blocks hand over ready hidden states ends in the model's own
-final norm, head, scaling and soft cap. Two refused ways: raising an exception out of the first block (hides the calls
+They are *captured*: the blocks in the ModuleList are replaced by stubs for one forward of the model, and each stub
+writes down its call. The same stubs give the head: a forward whose blocks hand over ready hidden states ends in the model's
+own final norm, head, scaling and soft cap. Two refused ways: raising an exception out of the first block (hides the calls
 of later blocks, which differ in models with sliding windows), and patching forward methods of other people's classes.
 
 Legend: B batch, T time, C hidden width, V vocabulary.
@@ -47,8 +47,8 @@ class Skeleton:
     """The model on meta, and the loading and freeing of its parts.
 
     config: the dict of config.json without its quantization_config. weights: see `Weights`. dtype: what floating
-    parameters become when loaded. Raises BadInput (sizes, shapes or tensors that contradict the config), Unsupported
-    (unknown model type, no decoder blocks). `model` is the transformers model; `blocks` its blocks' module paths in order.
+    parameters become when loaded. `model` is the transformers model; `blocks` its blocks' module paths in order.
+    Raises BadInput (sizes, shapes or tensors that contradict the config), Unsupported (unknown type, no blocks).
     """
 
     def __init__(self, config: dict[str, Any], weights: Weights, dtype: torch.dtype = torch.float32) -> None:
@@ -80,7 +80,7 @@ class Skeleton:
         return list(self._keys.extra)
 
     def tensor_key(self, i: int, name: str) -> str:
-        """The checkpoint key of block i's parameter `name` ("mlp.up_proj.bias"); Unsupported if it is not one to one."""
+        """The checkpoint key of block i's parameter `name`, "mlp.up_proj.bias"; Unsupported if it is not one to one."""
         keys = self._keys.one_to_one.get(f"{self.blocks[i]}.{name}", [])
         if len(keys) != 1:
             raise Unsupported(
@@ -166,11 +166,11 @@ class Skeleton:
     def calls(self, batch: int, length: int) -> list[BlockCall]:
         """Each block's call for any tokens of shape [batch, length], cached. Loads the outer parts where they are not.
 
-        Raises Unsupported if a call depends on which tokens they are: hidden states alone would not determine the output.
+        Raises Unsupported if a call depends on which tokens they are: a block's output would depend on them too.
         """
         if (batch, length) not in self._calls:
-            ids_BT = torch.zeros(batch, length, dtype=torch.long)
-            with self._outer_loaded():
+            ids_BT = self._any_ids(batch, length)
+            with self.outer_loaded():
                 calls = self.capture(ids_BT)[1]
                 if not self._calls_checked:
                     self._check_calls(calls, ids_BT)
@@ -192,7 +192,7 @@ class Skeleton:
         def hand_over(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
             return hidden_BTC if block is first else hidden
 
-        ids_BT = torch.zeros(hidden_BTC.shape[:2], dtype=torch.long)
+        ids_BT = self._any_ids(*hidden_BTC.shape[:2])
         with self._stubs(hand_over):
             return self.model(input_ids=ids_BT, use_cache=False).logits
 
@@ -232,7 +232,8 @@ class Skeleton:
         self._answer_known = True
 
     @contextmanager
-    def _outer_loaded(self) -> Iterator[None]:
+    def outer_loaded(self) -> Iterator[None]:
+        """The outer parts are loaded inside the context; afterwards they are as they were before."""
         borrowed = bool(self._outer_on_meta())
         if borrowed:
             self.load_outer()
@@ -241,6 +242,12 @@ class Skeleton:
         finally:
             if borrowed:
                 self.free_outer()
+
+    def _any_ids(self, batch: int, length: int) -> Tensor:
+        """Tokens of this shape where it does not matter which; not the padding, about which transformers would warn."""
+        text = self.config.get_text_config()
+        some = 1 if getattr(text, "pad_token_id", None) == 0 and text.vocab_size > 1 else 0
+        return torch.full((batch, length), some)
 
     def _check_calls(self, calls: list[BlockCall], ids_BT: Tensor) -> None:
         """The same shape with other tokens must give the same calls."""

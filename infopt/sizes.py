@@ -1,8 +1,8 @@
 """The sizes in config.json against the tensors that are really there, before anything is built from them.
 
-A model definition allocates and loops by the numbers in its config: a file that says 10^9 layers would keep transformers
-busy for hours, and a vocabulary of 2^62 overflows. Every such number has a witness in the checkpoint's headers, which
-are already validated against the file sizes, so a lie is found in milliseconds by comparing the two.
+A model definition allocates and loops by the numbers in its config: a file that says 10^9 layers would keep
+transformers busy for hours, and a vocabulary of 2^62 overflows. Every such number has a witness in the headers of the
+weights, which are already validated against the file sizes, so a lie is found in milliseconds by comparing the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIX = "Download the model again, or correct that field in config.json."
 
 
 def layer_indices(names: Iterator[str] | list[str]) -> dict[str, set[int]]:
-    """{prefix: indices} for the first numeric part of every dotted name: "model.layers.3.x" -> {"model.layers": {3}}."""
+    """{prefix: indices} for the first numeric part of each dotted name: "model.layers.3.x" -> {"model.layers": {3}}."""
     found: dict[str, set[int]] = defaultdict(set)
     for name in names:
         parts = name.split(".")

@@ -1,7 +1,7 @@
-"""What one decoder block is made of, as plain data: ops (weights), spaces (activation tensors), and the folds between them.
+"""What one decoder block is made of, as plain data: ops (weights), spaces (activation tensors), and folds between them.
 
-A *space* is an activation tensor that one or more linear ops read. A *fold* says that some op writes that space in such
-a way that a per-channel scale may travel: multiplying the writer's channel r by s and dividing the readers' columns that
+A *space* is an activation tensor that one or more linear ops read. A *fold* says that some op writes that space in
+such a way that a per-channel scale may travel: multiplying the writer's channel r by s and dividing the readers' columns that
 r feeds by s leaves the block's function as it was. Folds are never assumed from a layer's name or a family's layout;
 `infopt.calibration.discover` finds and proves each one numerically. This module only stores and answers questions,
 so a topology can be printed, written to a report and read again without a model.
@@ -39,8 +39,9 @@ class Fold:
 
     law "linear": the writer's rows (weight and bias) are multiplied by s; "mul": a norm's weight and bias are;
     "one_plus": the norm multiplies by 1 + w, so w becomes (1 + w) * s - 1 (and the bias, if any, is multiplied by s).
-    rows: for every column c of the space, the writer's output channel that feeds it; None is the identity. Several columns
-    may name one channel (grouped heads are repeated): they must share one scale. Channels that feed no column keep theirs.
+    rows: for every column c of the space, the writer's output channel that feeds it; None is the identity. Several
+    columns may name one channel (grouped heads are repeated): they must share one scale. Channels that feed no column
+    keep theirs.
     """
 
     writer: str
@@ -53,8 +54,8 @@ class Space:
     """An activation tensor [..., width] and the linear ops that read it, in execution order.
 
     fold is None when no writer was proven, and `reason` then says why. `fed_by` names the linear ops whose channels
-    reach single columns of this space, linearly or not (GELU between two linears): the space is an inner one, and splitting
-    it by columns splits those ops by rows.
+    reach single columns of this space, linearly or not (GELU between two linears): the space is an inner one, and
+    splitting it by columns splits those ops by rows.
     """
 
     name: str

@@ -15,8 +15,8 @@ Two precisions, for two purposes:
 `int4pack` computes w = (code - 8) * scale + offset, so an integer zero point z is the offset (8 - z) * scale; a code of
 2 or 3 bits is also one of 4. A scale per channel is repeated for pieces of 256 columns or fewer. Both kernels are
 vectorised on AVX2 and AVX-512, and plain (slow) code everywhere else. Activations, scales and offsets are rounded to
-bf16, hence `packed`'s relative error of about 3e-3. Refused: fp16 and fp32 activations with these kernels; torch has only
-scalar code for them, 30 times slower than dequantizing.
+bf16, hence `packed`'s relative error of about 3e-3. Refused: fp16 and fp32 activations with these kernels; torch has
+only scalar code for them, 30 times slower than dequantizing.
 
 Legend: T tokens (any leading dimensions), I input columns, O output channels, G groups of columns.
 """

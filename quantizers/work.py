@@ -62,7 +62,8 @@ class BlockWork:
         return weight.T if op.kind == "conv1d" else weight
 
     def bias(self, op: Op) -> torch.Tensor | None:
-        return None if self.block.get_submodule(op.name).bias is None else self._parameter(op.name, "bias")
+        has_one = "bias" in dict(self.block.get_submodule(op.name).named_parameters(recurse=False))
+        return self._parameter(op.name, "bias") if has_one else None
 
     def gram(self, space: Space) -> torch.Tensor:
         """X^T X [C, C] of the space as it is now, after every scale folded so far."""

@@ -26,6 +26,7 @@ from infopt.errors import BadInput, Unsupported, UsageError
 from infopt.exporters.compressed_tensors import QuantizedReader
 from infopt.exporters.folder import model_config, open_model
 from infopt.kernels.cpu import Precision
+from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.runtime.linear import QuantLinear
 
@@ -91,6 +92,7 @@ class RuntimeModel:
         for op_name, original in self._originals.pop(i, {}).items():
             _put(block, op_name, original)
         self.skeleton.free_block(i)
+        release()
 
     def _quantized_ops(self, i: int) -> dict[str, str]:
         """{module path in block i: op name in the checkpoint} of the ops that become a QuantLinear."""
@@ -120,6 +122,7 @@ class RuntimeModel:
 
     def free_outer(self) -> None:
         self.skeleton.free_outer()
+        release()
 
     @torch.no_grad()
     def embed(self, windows_NT: Tensor) -> Tensor:

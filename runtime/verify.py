@@ -1,19 +1,21 @@
 """The verdict on a compressed model: read the written bytes, run them, compare with the original, say it in one file.
 
-    verdict = verify(out, original, windows_NT, Gates(max_kl=0.1))     # VerificationFailed (exit 6) where bytes are wrong
+    verdict = verify(out, original, windows_NT, Gates(max_kl=0.1))    # VerificationFailed (exit 6): bytes are wrong
     show_verdict(verdict)
-    verdict.raise_for_gates()                                          # GateFailed (exit 7)
+    verdict.raise_for_gates()                                         # GateFailed (exit 7): a limit is passed
 
-`judge` is `verify` without the raising, for a caller that shows the verdict first: it is the most useful when it is bad.
-Either way it is written: `verification.json` lies beside the weights, and the manifest is told of it. Input that cannot
-be read at all (a header that is no header, a path out of the folder) is an error of its own kind, as for every command.
+`judge` is `verify` without the raising, for a caller that shows the verdict first: a bad one is worth more than its
+exit code. Either way it is written: `verification.json` lies beside the weights, and the manifest is told of it. Input
+that cannot be read at all (a header that is no header, a path out of the folder) is an error of its own kind, as for
+every command.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -33,6 +35,8 @@ from infopt.runtime.quality import Comparison, compare, perplexity
 
 __all__ = ["VERDICT", "Check", "Comparison", "Gates", "Verdict", "compare", "judge", "perplexity", "verify"]
 
+LoadWindows = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 VERDICT = "verification.json"
 _FORMAT = "infopt-verification-1"
 
@@ -132,38 +136,38 @@ class Verdict:
 def judge(
     folder: Path,
     reference: Path | None = None,
-    windows_NT: torch.Tensor | None = None,
+    windows_NT: torch.Tensor | LoadWindows | None = None,
     gates: Gates | None = None,
     *,
     with_kernels: bool = True,
     data: dict[str, Any] | None = None,
-    progress: Callable[[str, int], Callable[[], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Check the folder, compare with `reference` on `windows_NT`, and write `verification.json` into the folder.
 
-    reference: the original model's folder; without it only perplexity is measured. windows_NT: int64 [N, T], or None to
-    check the bytes alone. data: the report of `load_windows`, kept in the verdict. progress(label, total) is called at
-    the start of each long stage and returns what is called after each step of it.
+    reference: the original model's folder; without it only perplexity is measured. windows_NT: int64 [N, T]; or a
+    function that gives them and their report, called once the bytes are known to be good; or None to check the bytes
+    alone. data: the report of `load_windows`, kept in the verdict. progress: see `infopt.report.progress`.
     Raises UsageError (gates without a comparison), BadInput and Unsupported (unreadable files), OutOfResources.
     """
     gates = gates or Gates()
     if gates.any() and (reference is None or windows_NT is None):
         fix = f"infopt verify {quote(str(folder))} --reference MODEL"
         raise UsageError("a gate needs something to compare with", "It limits the distance to the original model.", fix)
-    start = progress or (lambda label, total: lambda: None)
+    start = progress or (lambda label, total: nullcontext(lambda: None))
     first = integrity.manifest(folder)
     if first.ok is False:
         verdict = Verdict(str(folder), (first,))
     else:
         verdict = _judge_intact(folder, reference, windows_NT, gates, first, with_kernels, data or {}, start)
-    _write(folder, verdict, manifest_holds=first.ok is True)
+    _write(folder, verdict)
     return verdict
 
 
 def verify(
     folder: Path,
     reference: Path | None = None,
-    windows_NT: torch.Tensor | None = None,
+    windows_NT: torch.Tensor | LoadWindows | None = None,
     gates: Gates | None = None,
     **options: Any,
 ) -> Verdict:
@@ -176,12 +180,12 @@ def verify(
 def _judge_intact(
     folder: Path,
     reference: Path | None,
-    windows_NT: torch.Tensor | None,
+    windows_NT: torch.Tensor | LoadWindows | None,
     gates: Gates,
     first: Check,
     with_kernels: bool,
     data: dict[str, Any],
-    start: Callable[[str, int], Callable[[], None]],
+    start: Progress,
 ) -> Verdict:
     candidate = RuntimeModel(folder)
     original = RuntimeModel(reference) if reference is not None else None
@@ -192,8 +196,8 @@ def _judge_intact(
     ]
     if isinstance(candidate.reader, QuantizedReader):
         precisions = ("exact", "packed") if with_kernels else ()
-        step = start("checking layers", len(candidate.quantized))
-        checks += integrity.layers(candidate.reader, precisions, step)
+        with start("checking layers", len(candidate.quantized)) as step:
+            checks += integrity.layers(candidate.reader, precisions, step)
     if source is not None:
         checks.append(integrity.passed_through(candidate.reader, source))
     checks.append(integrity.side_files(candidate.reader, source))
@@ -201,6 +205,9 @@ def _judge_intact(
     verdict = Verdict(str(folder), tuple(checks), size=size, data=data)
     if windows_NT is None or not verdict.intact:
         return verdict
+    if not isinstance(windows_NT, torch.Tensor):
+        windows_NT, data = windows_NT()
+        verdict = replace(verdict, data=data)
     return _with_quality(verdict, candidate, original, windows_NT, gates, start)
 
 
@@ -210,21 +217,21 @@ def _with_quality(
     original: RuntimeModel | None,
     windows_NT: torch.Tensor,
     gates: Gates,
-    start: Callable[[str, int], Callable[[], None]],
+    start: Progress,
 ) -> Verdict:
-    parts = {"folder": verdict.folder, "size": verdict.size, "data": verdict.data}
     blocks = len(candidate) + (len(original) if original else 0)
     try:
         if original is None:
-            alone = perplexity(candidate, windows_NT, start("running", blocks))
-            said = f"perplexity {alone['perplexity']:.4f}; no reference to compare with"
-            return Verdict(checks=(*verdict.checks, Check("answers", True, said)), candidate_only=alone, **parts)
-        quality = compare(original, candidate, windows_NT, start("comparing", blocks))
+            with start("running", blocks) as step:
+                alone = perplexity(candidate, windows_NT, step)
+            answers = Check("answers", True, f"{alone['tokens']:,} predicted tokens; no reference to compare with")
+            return replace(verdict, checks=(*verdict.checks, answers), candidate_only=alone)
+        with start("comparing", blocks) as step:
+            quality = compare(original, candidate, windows_NT, step)
     except VerificationFailed as error:
-        return Verdict(checks=(*verdict.checks, Check("answers", False, error.what)), **parts)
-    said = f"{quality.tokens:,} predicted tokens, all finite"
-    checks = (*verdict.checks, Check("answers", True, said))
-    return Verdict(checks=checks, gates=tuple(gates.checks(quality)), quality=quality, **parts)
+        return replace(verdict, checks=(*verdict.checks, Check("answers", False, error.what)))
+    answers = Check("answers", True, f"{quality.tokens:,} predicted tokens, all finite")
+    return replace(verdict, checks=(*verdict.checks, answers), gates=tuple(gates.checks(quality)), quality=quality)
 
 
 def _size(reader: CheckpointReader, original: CheckpointReader | None) -> Size:
@@ -258,10 +265,13 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _write(folder: Path, verdict: Verdict, manifest_holds: bool) -> None:
+def _write(folder: Path, verdict: Verdict) -> None:
+    """The verdict beside the weights. The manifest learns of it even where another file is damaged: once that file is
+    put right, the folder is right again."""
     write_json(folder / VERDICT, verdict.to_json())
-    if manifest_holds and (folder / MANIFEST).exists():
-        update_manifest(folder, VERDICT)
+    if (folder / MANIFEST).exists():
+        with suppress(VerificationFailed):  # the manifest itself is damaged: the verdict says so already
+            update_manifest(folder, VERDICT)
 
 
 def _versions() -> dict[str, str]:

@@ -21,15 +21,23 @@ COMMON = {
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 WINDOWED = {**GROUPED, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+OPT = {
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    **SPECIAL,
+}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 256, **SPECIAL}
 FALCON = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 128,
     "ffn_hidden_size": 128,
+    "vocab_size": 128,
 }
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 FAMILIES: dict[str, tuple[type, dict]] = {
     "llama": (hf.LlamaConfig, GROUPED),
@@ -40,11 +48,8 @@ FAMILIES: dict[str, tuple[type, dict]] = {
     "gemma3": (hf.Gemma3TextConfig, WINDOWED),
     "phi": (hf.PhiConfig, COMMON),
     "phi3": (hf.Phi3Config, GROUPED),
-    "opt": (hf.OPTConfig, {**OPT, **SPECIAL, "max_position_embeddings": 256, "word_embed_proj_dim": 64}),
-    "gpt2": (
-        hf.GPT2Config,
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 256, **SPECIAL},
-    ),
+    "opt": (hf.OPTConfig, {**OPT, "max_position_embeddings": 256, "word_embed_proj_dim": 64}),
+    "gpt2": (hf.GPT2Config, GPT2),
     "gpt_neox": (hf.GPTNeoXConfig, COMMON),
     "cohere": (hf.CohereConfig, GROUPED),
     "olmo2": (hf.Olmo2Config, GROUPED),

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import signal
 import sys
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from infopt.checkpoint import CheckpointReader, read_header
-from infopt.errors import BadInput, InfoptError, OutOfResources, UsageError, VerificationFailed
-from infopt.header import DTYPES
+from infopt.errors import InfoptError, OutOfResources, UsageError, VerificationFailed
 from infopt.output import (
     OutputFolder,
     atomic_file,
     check_manifest,
     free_space_check,
-    merge_shards,
     update_manifest,
     write_json,
     write_manifest,
     write_safetensors,
 )
+from tests.folders import everything
 
 NEW, OLD = "the new result", "the old result"
 
@@ -66,10 +59,6 @@ def in_child(act: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return os.waitpid(pid, 0)[1]
-
-
-def everything(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # --- the output folder
@@ -199,17 +188,7 @@ def test_a_kill_at_any_step_leaves_the_old_result_or_the_new_one_and_a_next_run_
             publish(out, before)
 
         def killed(step: int = step, out: Path = out) -> None:
-            left = [step]
-
-            def count(event: str, args: tuple[object, ...]) -> None:
-                if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate") or (
-                    event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-                ):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(count)
+            kill_at(step)
             publish(out, NEW, overwrite=True)
 
         status = in_child(killed)
@@ -228,6 +207,70 @@ def test_a_kill_at_any_step_leaves_the_old_result_or_the_new_one_and_a_next_run_
     assert seen == ({OLD, NEW, "between"} if before else {None, NEW})
 
 
+def kill_at(step: int) -> None:
+    """SIGKILL for this process at its `step`-th change of the disk."""
+    left = [step]
+    changes = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in changes or opened:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def test_a_kill_while_discarding_never_leaves_half_of_a_state(tmp_path: Path) -> None:
+    for step in range(1, 50):
+        with OutputFolder(tmp_path / str(step)) as o:
+            for place in (o.work / "hidden-states", o.work / "marks", o.stage / "block-0"):
+                place.write_text("x")
+
+        def work(step: int = step) -> None:
+            with OutputFolder(tmp_path / str(step)) as o:
+                kill_at(step)
+                o.discard()
+
+        if os.WIFEXITED(in_child(work)):
+            break
+        with OutputFolder(tmp_path / str(step)) as o:
+            found = [place.exists() for place in (o.work / "hidden-states", o.work / "marks", o.stage / "block-0")]
+            assert found in ([o.resumed] * 3, [False] * 3)
+            assert o.resumed == all(found)
+    assert step > 5
+
+
+def test_a_lock_whose_folder_was_removed_meanwhile_is_not_mistaken_for_ours(tmp_path: Path) -> None:
+    def work() -> None:
+        first = [True]
+
+        def finish_other(event: str, args: tuple[Any, ...]) -> None:
+            if event == "fcntl.flock" and first.pop():
+                first.append(False)
+                (tmp_path / "out.infopt-work" / "lock").unlink()  # as the other run does when it ends
+                (tmp_path / "out.infopt-work").rmdir()
+
+        sys.addaudithook(finish_other)
+        publish(tmp_path / "out", NEW)
+
+    assert in_child(work) == 0
+    assert published(tmp_path / "out") == NEW
+
+
+def test_an_interrupted_commit_whose_name_was_taken_since_destroys_nothing(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.infopt-work"
+    publish(out, OLD)
+    (work / "out").mkdir(parents=True)
+    out.rename(work / "old")
+    publish(tmp_path / "other", NEW)
+    (tmp_path / "other").rename(out)
+    with pytest.raises(UsageError, match="former result is in"), OutputFolder(out, overwrite=True):
+        pass
+    assert (published(out), published(work / "old")) == (NEW, OLD)
+
+
 def test_what_takes_the_name_during_a_run_is_not_destroyed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="not empty"), OutputFolder(out) as o:
@@ -244,7 +287,7 @@ def test_if_the_new_folder_cannot_be_renamed_the_old_one_is_put_back(tmp_path: P
     publish(out, OLD)
 
     def fail() -> None:
-        def refuse(event: str, args: tuple[object, ...]) -> None:
+        def refuse(event: str, args: tuple[Any, ...]) -> None:
             if event == "os.rename" and str(args[0]).endswith("infopt-work/out"):
                 raise OSError(errno.EIO, "Input/output error")
 
@@ -353,153 +396,3 @@ def test_one_file_can_be_entered_anew_without_blessing_the_others(tmp_path: Path
     update_manifest(folder, "verification.json")
     with pytest.raises(VerificationFailed, match=r"b\.json"):
         check_manifest(folder)
-
-
-# --- safetensors files
-
-
-def sample(seed: int, names: list[str]) -> dict[str, torch.Tensor]:
-    """Tensors of all dtypes and awkward sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = sorted(set(DTYPES) - {"BOOL"})
-    result = {}
-    for name in names:
-        dtype = DTYPES[kinds[int(torch.randint(len(kinds), (), generator=generator))]]
-        rank = int(torch.randint(0, 4, (), generator=generator))
-        shape = torch.randint(0, 5, (rank,), generator=generator).tolist()
-        count = torch.Size(shape).numel() * dtype.itemsize
-        data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
-        result[name] = data.view(dtype).reshape(shape)
-    return result
-
-
-def same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
-    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(*bits)
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10**6), st.lists(st.text(max_size=8), unique=True, max_size=8))
-def test_the_safetensors_package_reads_what_we_write(tmp_path: Path, seed: int, names: list[str]) -> None:
-    tensors = sample(seed, names) | {"flag": torch.tensor([True, False, True])}
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, tensors)
-    loaded = load_file(path)
-    assert loaded.keys() == tensors.keys()
-    assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    for info in read_header(path)[0].values():
-        assert info.offset % info.dtype.itemsize == 0  # so it may be mapped
-
-
-def test_the_bytes_depend_on_the_tensors_alone(tmp_path: Path) -> None:
-    tensors = sample(3, list("fbeadc"))
-    write_safetensors(tmp_path / "1", tensors)
-    write_safetensors(tmp_path / "2", dict(reversed(tensors.items())))
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-
-
-def test_views_aliases_and_strides_are_written_as_their_values(tmp_path: Path) -> None:
-    base = torch.arange(24.0).reshape(4, 6)
-    tensors = {"t": base.T, "alias": base, "again": base, "slice": base[1:, ::2], "wide": torch.ones(1).expand(3, 2)}
-    write_safetensors(tmp_path / "x", tensors)
-    loaded = load_file(tmp_path / "x")
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-
-
-def test_a_dtype_that_the_format_lacks_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'z' of torch\.complex128"):
-        write_safetensors(tmp_path / "x", {"z": torch.zeros(1, dtype=torch.complex128)})
-    assert everything(tmp_path) == []
-
-
-# --- merging part files
-
-
-def parts(folder: Path, count: int = 4) -> tuple[list[Path], dict[str, torch.Tensor]]:
-    folder.mkdir()
-    merged: dict[str, torch.Tensor] = {}
-    paths = [folder / f"part-{i}" for i in range(count)]
-    for i, path in enumerate(paths):
-        tensors = sample(i, [f"block.{i}.{name}" for name in "zyx"]) | {f"block.{i}.w": torch.full((5, 5), float(i))}
-        save_file(tensors, path)
-        merged |= tensors
-    return paths, merged
-
-
-def model_folder(folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder
-
-
-@pytest.mark.parametrize("limit", [1, 150, 10**9])
-def test_merged_shards_hold_every_tensor_bit_for_bit(tmp_path: Path, limit: int) -> None:
-    paths, merged = parts(tmp_path / "parts")
-    folder = model_folder(tmp_path / "m")
-    merge_shards(paths, folder, max_shard_bytes=limit)
-    reader = CheckpointReader(folder)
-    assert list(reader.tensors) == sorted(merged)
-    assert all(same(reader.get(name), tensor) for name, tensor in merged.items())
-    files = [name for name in everything(folder) if name.endswith(".safetensors")]
-    for name in files:
-        loaded = load_file(folder / name)
-        assert all(same(tensor, merged[key]) for key, tensor in loaded.items())
-        assert len(loaded) == 1 or sum(tensor.nbytes for tensor in loaded.values()) <= limit
-    if limit == 10**9:
-        assert everything(folder) == ["config.json", "model.safetensors"]
-    else:
-        assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
-
-
-def test_shards_follow_the_order_of_the_parts(tmp_path: Path) -> None:
-    paths, _ = parts(tmp_path / "parts", count=11)
-    folder = model_folder(tmp_path / "m")
-    merge_shards(paths, folder, max_shard_bytes=1)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    in_order = sorted(index, key=index.__getitem__)
-    filled = [int(name.split(".")[1]) for name in in_order]
-    assert filled == sorted(filled)
-
-
-def test_another_layout_leaves_no_shard_of_the_first(tmp_path: Path) -> None:
-    paths, merged = parts(tmp_path / "parts")
-    folder = model_folder(tmp_path / "m")
-    for limit in (100, 200, 10**9, 1):
-        merge_shards(paths, folder, max_shard_bytes=limit)
-        assert list(CheckpointReader(folder).tensors) == sorted(merged)
-        others = [name for name in everything(folder) if name.endswith(".safetensors")]
-        assert sum(len(read_header(folder / name)[0]) for name in others) == len(merged)
-
-
-def test_a_tensor_in_two_parts_or_a_part_in_the_way_is_an_error(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m")
-    paths, _ = parts(tmp_path / "parts")
-    with pytest.raises(BadInput, match=r"'block\.1\.w' is in .*part-1 and in .*part-1"):
-        merge_shards([*paths, paths[1]], folder)
-    with pytest.raises(BadInput, match="no tensors"):
-        merge_shards([], folder)
-    with pytest.raises(UsageError):
-        merge_shards(paths, folder, max_shard_bytes=0)
-    save_file({"x": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="name of a shard"):
-        merge_shards([folder / "model.safetensors"], folder)
-    assert everything(folder) == ["config.json", "model.safetensors"]
-
-
-def test_merging_takes_constant_memory(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m")
-    paths = [tmp_path / f"part-{i}" for i in range(2)]
-    for i, path in enumerate(paths):
-        save_file({f"t{i}": torch.ones(6 * 2**20)}, path)
-    tracemalloc.start()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    merge_shards(paths, folder)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 16 * 2**20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 2**10  # KiB; the file has 48 MiB
-    assert (folder / "model.safetensors").stat().st_size > 48 * 2**20

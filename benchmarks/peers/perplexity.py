@@ -1,0 +1,130 @@
+"""One evaluator for every tool's output: WikiText-2 style perplexity in transformers, float32, on CPU.
+
+Protocol: the whole text, tokenised once without special tokens by the original model's tokenizer, non-overlapping
+windows, the first N of them, each window's first token not predicted. Three kinds of output are read:
+  compressed-tensors   by transformers itself, decompressed while loading
+  GPTQ                 decoded here (transformers would need GPTQModel for it): `w = (q - z) * s`
+  dequantized/*.safetensors   put over the original model's weights
+Anything missing or unexpected is an error: a perplexity of a half-loaded model is worse than none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("--model", "--original", "--dataset", "--result"):
+        parser.add_argument(name, required=True, type=Path)
+    parser.add_argument("--windows", type=int, required=True)
+    parser.add_argument("--seqlen", type=int, required=True)
+    options = parser.parse_args()
+    ids_NT = eval_windows(options)
+    with torch.no_grad():
+        model = load(options.model, options.original)
+        losses = [window_loss(model, ids_T) for ids_T in ids_NT]
+    answer = {
+        "perplexity": math.exp(sum(losses) / len(losses)),
+        "windows": len(losses),
+        "seqlen": options.seqlen,
+        "window_losses": losses,
+    }
+    options.result.write_text(json.dumps(answer))
+
+
+def eval_windows(options: argparse.Namespace) -> torch.Tensor:
+    """int64 [windows, seqlen]"""
+    text = options.dataset.read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(options.original)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // options.seqlen
+    if count < options.windows:
+        raise SystemExit(f"{options.dataset} holds {count} windows of {options.seqlen} tokens; ask for fewer")
+    return torch.tensor(ids[: options.windows * options.seqlen]).view(options.windows, options.seqlen)
+
+
+def window_loss(model: torch.nn.Module, ids_T: torch.Tensor) -> float:
+    """Mean negative log likelihood of the tokens 1.. of a window, in nats."""
+    logits_TV = model(ids_T[None], use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits_TV, ids_T[1:]).item()
+
+
+def load(folder: Path, original: Path) -> torch.nn.Module:
+    """The model that the folder stands for, in float32."""
+    if (folder / "dequantized").is_dir():
+        changed: dict[str, torch.Tensor] = {}
+        for part in sorted((folder / "dequantized").glob("*.safetensors")):
+            changed |= load_file(part)
+        return _put_over(original, changed)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    kind = quantization["quant_method"]
+    if kind == "compressed-tensors":
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            quantization_config=CompressedTensorsConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        _refuse(notes["missing_keys"], notes["unexpected_keys"])
+        return model.eval()
+    if kind == "gptq":
+        return _put_over(original, decode_gptq(folder, quantization))
+    raise SystemExit(f"{folder}: quant_method {kind!r} is not one that this evaluator reads")
+
+
+def _put_over(original: Path, changed: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The original model with these weights in place of its own."""
+    config = AutoConfig.from_pretrained(original)
+    model = AutoModelForCausalLM.from_pretrained(original, config=config, dtype=torch.float32)
+    if not changed:
+        raise SystemExit("no quantized weight was found")
+    notes = model.load_state_dict(changed, strict=False)
+    _refuse([], notes.unexpected_keys)
+    return model.eval()
+
+
+def _refuse(missing: list[str], unexpected: list[str]) -> None:
+    if missing or unexpected:
+        raise SystemExit(
+            f"the model did not load whole: missing {list(missing)[:5]}, unexpected {list(unexpected)[:5]}"
+        )
+
+
+def decode_gptq(folder: Path, quantization: dict) -> dict[str, torch.Tensor]:
+    """Every tensor of a GPTQ folder, its packed layers decoded to float32 [O, I]."""
+    bits = quantization["bits"]
+    offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1  # version 1 stores the zero point minus 1
+    stored: dict[str, torch.Tensor] = {}
+    for part in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(part)
+    layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    decoded = {}
+    for name in layers:
+        q_IO, z_GO, s_GO, group_I = (stored.pop(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx"))
+        q_IO = _unpack(q_IO.T, bits).T
+        z_GO = (_unpack(z_GO, bits) + offset) & (2**bits - 1)
+        group_I = group_I.long()
+        w_IO = (q_IO - z_GO[group_I]).float() * s_GO.float()[group_I]
+        decoded[f"{name}.weight"] = w_IO.T.contiguous()
+    return {**{name: value.float() for name, value in stored.items()}, **decoded}
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [R, C] holding 32/bits codes each, lowest bits first -> int32 [R, C * 32 / bits]"""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`infopt verify`: is a folder what was meant to be written, and how far is it from the original?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized folder.", show_default=False)],
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original: a folder or hub id.", show_default=False)
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Text of the comparison: a file, a hub id, or 'builtin'.")] = "builtin",
+    num_samples: Annotated[int, typer.Option(help="Windows of the comparison; 0 checks the bytes alone.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative, 0.05 is 5 % more.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
+    kernels: Annotated[bool, typer.Option(help="Check every layer's kernels against the reference.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="The verdict as JSON on stdout.")] = False,
+) -> None:
+    """Check a quantized folder byte by byte, run it, and compare it with its original. Exit 6: damaged. 7: a gate failed.
+
+    Example: infopt verify ./model-w4 --reference ./model --max-kl 0.1
+    """
+    from infopt.checkpoint import resolve
+    from infopt.report import json_out, progress, show_verdict
+    from infopt.runtime.verify import Gates, judge
+
+    gates = Gates(max_kl, max_ppl_increase, min_top1)
+    if num_samples == 0 and gates.any():
+        raise UsageError("a gate with --num-samples 0", "it limits the distance to the original", "--num-samples 8")
+    original = resolve(reference) if reference is not None else None
+
+    def windows() -> tuple[torch.Tensor, dict[str, Any]]:
+        return load(dataset, num_samples, seqlen, original or out)
+
+    source = windows if num_samples else None
+    verdict = judge(out, original, source, gates, with_kernels=kernels, progress=progress)
+    show_verdict(verdict)
+    if as_json:
+        json_out(verdict.to_json())
+    verdict.raise_if_damaged()
+    verdict.raise_for_gates()
+
+
+def load(dataset: str, num_samples: int, seqlen: int, folder: Path) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Evaluation windows for the model in `folder`, no longer than it can read, and the report of what was read."""
+    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+    from infopt.checkpoint import CheckpointReader
+    from infopt.errors import BadInput
+    from infopt.report import note
+
+    config = CheckpointReader(folder).config
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings", text.get("n_positions"))
+    if isinstance(positions, int) and positions < seqlen:
+        note(f"--seqlen {seqlen} is more than the model's {positions} positions; using {positions}")
+        seqlen = positions
+    vocab_size = text.get("vocab_size")
+    spec = DataSpec(dataset, num_samples, seqlen)
+    windows_NT, report = load_windows(spec, load_tokenizer(folder), part="evaluation", vocab_size=vocab_size)
+    if not len(windows_NT):
+        what = f"{dataset} has {report['tokens']} tokens, fewer than one window of {seqlen}"
+        raise BadInput(what, "There is nothing to evaluate.", "Give more text, or a smaller --seqlen.")
+    if len(windows_NT) < num_samples:
+        note(f"{dataset}: {len(windows_NT)} windows of {seqlen} tokens; {num_samples} were asked for")
+    return windows_NT, report

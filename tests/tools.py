@@ -1,0 +1,60 @@
+"""What several test files need: tiny models with a tokenizer, a text, and the real command line in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from infopt.cli.main import main
+
+from . import families
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def infopt(*arguments: object) -> Result:
+    """`infopt ARGUMENTS` through its entry point: the same parsing, errors and exit codes as the installed command."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["infopt", *map(str, arguments)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = before
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def tiny(family: str, folder: Path, **options: object) -> Path:
+    """A tiny random model of the family with a tokenizer of one token per character."""
+    families.make(family, folder, **options)
+    letters = {chr(32 + i): i + 3 for i in range(95)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **letters}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def text(folder: Path, length: int = 4000, seed: int = 0) -> Path:
+    """A file of random letters: calibration data without a download."""
+    path = folder / f"text-{length}-{seed}.txt"
+    source = random.Random(seed)
+    path.write_text("".join(source.choice("abcdefghijklmnop qrstuvwxyz") for _ in range(length)))
+    return path
