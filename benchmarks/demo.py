@@ -44,7 +44,9 @@ def main(original: Path, compressed: Path) -> None:
     for folder in (original, compressed):
         print(f"  {folder.name} ({weights(folder):.0f} MB): {answer(folder)}")
     quality = json.loads((compressed / "verification.json").read_text())
-    print(f"\n{weights(original) / weights(compressed):.2f} times smaller. The whole verdict: {compressed}/verification.json")
+    print(
+        f"\n{weights(original) / weights(compressed):.2f} times smaller. The whole verdict: {compressed}/verification.json"
+    )
     if not quality.get("passed", True):
         sys.exit("the verdict says that verification failed")
 

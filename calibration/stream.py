@@ -159,4 +159,4 @@ class _Mute(nn.Module):
         self.width = width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
+        return x.new_zeros(*x.shape[:-1], self.width)  # not an expanded zero: a block may add to it in place

@@ -49,6 +49,7 @@ from infopt.writer import (
 )
 
 __all__ = [
+    "MANIFEST",
     "OutputFolder",
     "atomic_file",
     "check_manifest",

@@ -77,9 +77,9 @@ def _int4_group(q: QTensor) -> int | None:
 def _int4pack(q: QTensor) -> PreparedLinear:
     columns = q.shape[1]
     group = _int4_group(q)
-    packed = torch._convert_weight_to_int4pack_for_cpu(q.codes.to(torch.int32), 1)
+    codes_OI, offset_OG = _centred(q)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI.to(torch.int32), 1)
     scale_OG = q.scale.to(torch.float32)
-    offset_OG = (8 - q.zero.to(torch.float32)) * scale_OG
     repeats = columns // group // scale_OG.shape[1]
     pairs = torch.stack([scale_OG, offset_OG], dim=-1).repeat_interleave(repeats, dim=1)
     scale_offset_GO2 = pairs.transpose(0, 1).contiguous().to(torch.bfloat16)
@@ -89,6 +89,19 @@ def _int4pack(q: QTensor) -> PreparedLinear:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, packed, group, scale_offset_GO2).to(torch.float32)
 
     return PreparedLinear("int4pack", multiply)
+
+
+def _centred(q: QTensor) -> tuple[Tensor, Tensor]:
+    """(codes [O, I], offset [O, G]) with w = (codes - 8) * s + offset.
+
+    Codes are moved so that the zero point is 8 and the offset vanishes wherever they still fit 4 bits: always for symmetric
+    grids and for 2 and 3 bits. A large offset that the codes have to cancel would lose bits to its rounding to bf16.
+    """
+    columns_per_scale = q.shape[1] // q.zero.shape[1]
+    moved_OI = q.codes.to(torch.int16) + 8 - q.zero.to(torch.int16).repeat_interleave(columns_per_scale, dim=1)
+    if moved_OI.amin() >= 0 and moved_OI.amax() <= 15:
+        return moved_OI, torch.zeros_like(q.scale, dtype=torch.float32)
+    return q.codes, (8 - q.zero.to(torch.float32)) * q.scale.to(torch.float32)
 
 
 def _fits_int8(q: QTensor) -> bool:

@@ -59,7 +59,7 @@ def complaint(error: type[InfoptError], act: Callable[[], Any], *words: str) -> 
         tracemalloc.stop()
     assert type(caught.value) is error, str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # a loaded machine; it takes milliseconds
     assert peak < 64 * 2**20
     return caught.value
 

@@ -103,7 +103,8 @@ def test_folds_keep_the_function(llama: Path, words: Path, tmp_path: Path) -> No
     assert "model.layers.0.input_layernorm.weight" in report["rewritten"]
     before = load_file(llama / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
-    changed = {name for name in before if name in after and not torch.equal(before[name], after[name])}
+    kept = [name for name in before if name in after and after[name].dtype != torch.int8]
+    changed = {name for name in kept if not torch.equal(before[name], after[name])}
     assert changed == set(report["rewritten"])
 
 
