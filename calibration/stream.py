@@ -23,6 +23,7 @@ from torch import nn
 
 from infopt.calibration.stats import InputStats
 from infopt.errors import BadInput
+from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.topology import Topology
 
@@ -52,6 +53,7 @@ class Stream:
             return self._write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
         finally:
             self._skeleton.free_outer()
+            release()
 
     def holds(self, i: int, digest: str) -> bool:
         """Whether the input of block i is on disk, whole and unchanged."""

@@ -166,7 +166,9 @@ def _run(
     return report
 
 
-def _comparison_windows(source: Path, config: dict[str, Any], recipe: Recipe, comparison: tuple[str | None, int]) -> Any:
+def _comparison_windows(
+    source: Path, config: dict[str, Any], recipe: Recipe, comparison: tuple[str | None, int]
+) -> Any:
     """The windows of the comparison, read before the work: a typing mistake must not show after an hour."""
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
 

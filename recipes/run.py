@@ -20,26 +20,24 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import infopt
 from infopt.calibration.discover import discover, structure_key
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
-from infopt.errors import BadInput, UsageError
+from infopt.errors import BadInput
 from infopt.exporters import compressed_tensors
 from infopt.exporters.folder import model_config, write_folder
-from infopt.grid import GROUPS, Grid
 from infopt.header import read_json
+from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.output import OutputFolder, free_space_check, merge_shards, write_json, write_manifest, write_safetensors
 from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
 from infopt.quantizers.work import BlockWork, Step
-from infopt.recipe import Recipe, match_ignored
+from infopt.recipe import Recipe
+from infopt.recipes.plan import columns_of, plan
 from infopt.topology import Topology
-
-_SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -59,74 +57,6 @@ class BlockReport:
         """The block's worst relative output error, where there was data to measure it."""
         errors = [layer["error"] for layer in self.layers.values() if layer["error"] is not None]
         return max(errors, default=None)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be quantized how, decided from shapes before any work. grids: by module path ("model.layers.0.mlp.up_proj").
-    kept: linear modules that stay as they are, with the reason; `transposed`: targets that are Conv1D modules."""
-
-    grids: dict[str, Grid]
-    kept: dict[str, str]
-    transposed: frozenset[str]
-
-
-def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Raises UsageError for ignore patterns that match nothing and for groups that do not divide a layer's columns."""
-    linears = {name: m for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    inside = {name for name in linears if any(name.startswith(f"{block}.") for block in skeleton.blocks)}
-    ignored = match_ignored(recipe.ignore, list(linears))
-    grids: dict[str, Grid] = {}
-    kept: dict[str, str] = {name: "outside the decoder blocks" for name in linears if name not in inside}
-    unfit: list[str] = []
-    for name in sorted(inside, key=list(linears).index):
-        columns = _columns(linears[name])
-        grid = None if name in ignored else _grid(skeleton, name, columns, recipe)
-        if grid is None:
-            kept[name] = (
-                "ignored by the recipe"
-                if name in ignored
-                else f"{columns} columns, {recipe.weights.group_size} a group"
-            )
-        elif not grid.fits(columns):
-            unfit.append(f"{name} ({columns} columns)")
-        else:
-            grids[name] = grid
-    if unfit:
-        listed = ", ".join(unfit[:7]) + (f", ... {len(unfit)} in all" if len(unfit) > 7 else "")
-        fits = [size for size in GROUPS if all(_columns(linears[n]) % size == 0 for n in inside - ignored)]
-        hint = f"`--group-size {fits[-1]}` divides all of them; or " if fits else ""
-        raise UsageError(
-            f"group size {recipe.weights.group_size} does not divide the columns of {listed}",
-            "a group of columns shares a scale and cannot be cut",
-            f"{hint}`--group-fallback adjust` or `skip`",
-        )
-    if not grids:
-        raise UsageError(
-            "nothing is left to quantize", "every layer is ignored or skipped", "see `infopt inspect MODEL`"
-        )
-    transposed = frozenset(name for name in grids if isinstance(linears[name], Conv1D))
-    return Plan(grids, kept, transposed)
-
-
-def _columns(module: nn.Module) -> int:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-
-
-def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid | None:
-    block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
-    key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
-    stored = skeleton.weights.tensors[key].dtype
-    weights = recipe.weights
-    size = None if weights.group_size == "channel" else weights.group_size
-    grid = Grid(weights.bits, size, weights.symmetric, stored if stored in _SCALE_DTYPES else torch.float32)
-    if grid.fits(columns) or recipe.group_fallback == "error":
-        return grid
-    if recipe.group_fallback == "skip":
-        return None
-    fitting = [size for size in GROUPS if size < grid.width(columns) and columns % size == 0]
-    return Grid(grid.bits, max(fitting, default=None), grid.symmetric, grid.scale_dtype)
 
 
 class Run:
@@ -269,6 +199,7 @@ class Run:
         if self._stream:
             self._stream.forget(i)
         self.skeleton.free_block(i)
+        release()
         return report
 
     def _planned(self, i: int) -> list[str]:
@@ -395,7 +326,7 @@ def memory_needed(run: Run) -> int:
     meta = run.skeleton.model
     blocks = [sum(p.numel() for p in meta.get_submodule(name).parameters()) for name in run.skeleton.blocks]
     outer = sum(p.numel() for p in meta.parameters()) - sum(blocks)
-    columns = {_columns(meta.get_submodule(name)) for name in run.plan.grids}
+    columns = {columns_of(meta.get_submodule(name)) for name in run.plan.grids}
     statistics = 5 * sum(4 * width * width for width in columns) if run.needs_data else 0
     batch = 12 * 4 * max(columns) * run.batch_tokens
     return int(400e6 + max(4 * outer, 3 * 4 * max(blocks) + statistics + batch))

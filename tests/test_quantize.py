@@ -34,7 +34,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text(tmp_path_factory.mktemp("text"))
 
 
-def quantize(model: Path, out: Path, *flags: object):  # noqa: ANN201
+def quantize(model: Path, out: Path, *flags: object):
     return infopt("quantize", model, "-o", out, *SMALL, *flags)
 
 

@@ -1,0 +1,84 @@
+"""What a recipe will do to a model, decided from shapes before any weight is read: refusals come first, not after an hour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from infopt.errors import UsageError
+from infopt.grid import GROUPS, Grid
+from infopt.model import Skeleton
+from infopt.recipe import Recipe, match_ignored
+
+_SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be quantized how, decided from shapes before any work. grids: by module path ("model.layers.0.mlp.up_proj").
+    kept: linear modules that stay as they are, with the reason; `transposed`: targets that are Conv1D modules."""
+
+    grids: dict[str, Grid]
+    kept: dict[str, str]
+    transposed: frozenset[str]
+
+
+def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
+    """Raises UsageError for ignore patterns that match nothing and for groups that do not divide a layer's columns."""
+    linears = {name: m for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    inside = {name for name in linears if any(name.startswith(f"{block}.") for block in skeleton.blocks)}
+    ignored = match_ignored(recipe.ignore, list(linears))
+    grids: dict[str, Grid] = {}
+    kept: dict[str, str] = {name: "outside the decoder blocks" for name in linears if name not in inside}
+    unfit: list[str] = []
+    for name in sorted(inside, key=list(linears).index):
+        columns = columns_of(linears[name])
+        grid = None if name in ignored else _grid(skeleton, name, columns, recipe)
+        if grid is None:
+            kept[name] = (
+                "ignored by the recipe"
+                if name in ignored
+                else f"{columns} columns, {recipe.weights.group_size} a group"
+            )
+        elif not grid.fits(columns):
+            unfit.append(f"{name} ({columns} columns)")
+        else:
+            grids[name] = grid
+    if unfit:
+        listed = ", ".join(unfit[:7]) + (f", ... {len(unfit)} in all" if len(unfit) > 7 else "")
+        fits = [size for size in GROUPS if all(columns_of(linears[n]) % size == 0 for n in inside - ignored)]
+        hint = f"`--group-size {fits[-1]}` divides all of them; or " if fits else ""
+        raise UsageError(
+            f"group size {recipe.weights.group_size} does not divide the columns of {listed}",
+            "a group of columns shares a scale and cannot be cut",
+            f"{hint}`--group-fallback adjust` or `skip`",
+        )
+    if not grids:
+        raise UsageError(
+            "nothing is left to quantize", "every layer is ignored or skipped", "see `infopt inspect MODEL`"
+        )
+    transposed = frozenset(name for name in grids if isinstance(linears[name], Conv1D))
+    return Plan(grids, kept, transposed)
+
+
+def columns_of(module: nn.Module) -> int:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+
+
+def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid | None:
+    block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
+    key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
+    stored = skeleton.weights.tensors[key].dtype
+    weights = recipe.weights
+    size = None if weights.group_size == "channel" else weights.group_size
+    grid = Grid(weights.bits, size, weights.symmetric, stored if stored in _SCALE_DTYPES else torch.float32)
+    if grid.fits(columns) or recipe.group_fallback == "error":
+        return grid
+    if recipe.group_fallback == "skip":
+        return None
+    fitting = [size for size in GROUPS if size < grid.width(columns) and columns % size == 0]
+    return Grid(grid.bits, max(fitting, default=None), grid.symmetric, grid.scale_dtype)
