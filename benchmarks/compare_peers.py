@@ -216,7 +216,8 @@ def run_row(options: argparse.Namespace, tool: str, method: str, ids: Path) -> d
     if tool == "float":
         row["bytes"] = weight_bytes(options.model)
         return {**row, **perplexity(options, options.model, name)}
-    shutil.rmtree(out, ignore_errors=True)
+    for old in (out, out.with_name(out.name + ".infopt-work")):  # the second would let infopt go on where it was killed
+        shutil.rmtree(old, ignore_errors=True)
     result = options.results / f"{name}.runner.json"
     result.unlink(missing_ok=True)
     if tool == "infopt":

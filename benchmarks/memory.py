@@ -29,7 +29,7 @@ def main() -> int:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="infopt-memory-", dir=options.scratch) as name:
         folder = Path(name)
-        passed = [depth_ratio(options, folder, method) for method in options.methods.split(",")]
+        passed = [depth_ratio(options, folder, method) for method in filter(None, options.methods.split(","))]
         if options.model:
             passed.append(real_model(options, folder))
     return 0 if all(passed) else 1
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face folder for part (b)")
     parser.add_argument("--dataset", help="its calibration text; infopt's own if absent")
-    parser.add_argument("--methods", default="rtn,gptq", help="of part (a)")
+    parser.add_argument("--methods", default="rtn,gptq", help="of part (a); empty leaves it out")
     parser.add_argument("--blocks", type=int, nargs=2, default=(4, 120), help="the two depths of part (a)")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=704)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import typer
-from click import Context
 from typer.core import TyperGroup
 
 from infopt.errors import InfoptError, OutOfResources
@@ -31,17 +31,17 @@ COMMANDS = {
 class _Lazy(TyperGroup):
     """Lists the commands without importing them, so that `infopt --help` answers at once."""
 
-    def list_commands(self, ctx: Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: Context, name: str):
-        if name not in COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        module, function, summary = COMMANDS[name]
+        module, function, summary = COMMANDS[cmd_name]
         if not ctx.args and ctx.invoked_subcommand is None and _listing():
-            return typer.main.get_command(_one(name, _summary_only, summary))
+            return typer.main.get_command(_one(cmd_name, _summary_only, summary))
         loaded = importlib.import_module(f"infopt.cli.{module}")
-        return typer.main.get_command(_one(name, getattr(loaded, function), None))
+        return typer.main.get_command(_one(cmd_name, getattr(loaded, function), None))
 
 
 def _one(name: str, function, summary: str | None) -> typer.Typer:

@@ -14,6 +14,7 @@ becomes NaN, and 3-bit codes were padded to whole codes per word before 0.19.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, Unsupported
 from infopt.exporters.packing import pack_bits, unpack_bits
-from infopt.grid import Grid
+from infopt.grid import BITS, Grid
 from infopt.header import TensorInfo, read_tensor
 from infopt.qtensor import QTensor
 
@@ -143,11 +144,8 @@ class QuantizedReader(CheckpointReader):
         names = [key.removesuffix(".weight_scale") for key in self.stored if key.endswith(".weight_scale")]
         packed = {key.removesuffix(".weight_packed") for key in self.stored if key.endswith(".weight_packed")}
         for name in sorted(packed.difference(names)):
-            raise BadInput(
-                f"{self.stored[f'{name}.weight_packed'].file.name}: {name}.weight_scale is missing",
-                f"{name}.weight_packed cannot be read without it",
-                "download or quantize the model again",
-            )
+            file = self.stored[f"{name}.weight_packed"].file
+            raise _damaged(f"{file.name}: {name}.weight_scale is missing", "the packed weight means nothing without it")
         return names
 
     def _parts(self, name: str) -> list[str]:
@@ -156,51 +154,71 @@ class QuantizedReader(CheckpointReader):
         return parts if grid.symmetric else [*parts, "weight_zero_point"]
 
     def _grid(self, name: str) -> Grid:
-        scale = self.stored[f"{name}.weight_scale"]
         scheme = _scheme_of(name, self._schemes)
-        bits, group, symmetric = scheme["num_bits"], scheme.get("group_size"), scheme.get("symmetric", True)
-        group = None if scheme.get("strategy") == "channel" else group
-        return Grid(int(bits), group, bool(symmetric), scale.dtype)
+        group = None if scheme["strategy"] == "channel" else scheme["group_size"]
+        return Grid(scheme["num_bits"], group, scheme.get("symmetric", True), self.stored[f"{name}.weight_scale"].dtype)
 
     def _logical(self, name: str) -> TensorInfo:
-        missing = [part for part in self._parts(name) if f"{name}.{part}" not in self.stored]
-        scale = self.stored[f"{name}.weight_scale"]
-        if missing:
-            raise BadInput(
-                f"{scale.file.name}: {name}.{missing[0]} is missing",
-                "the scheme in config.json needs it",
-                "download or quantize the model again",
-            )
+        """The dense weight that the op's tensors stand for, after checking every one of their types and shapes."""
         grid = self.quantized[name]
-        info = self.stored[f"{name}.weight" if grid.bits == 8 else f"{name}.weight_packed"]
+        infos = {part: self.stored.get(f"{name}.{part}") for part in self._parts(name)}
+        file = self.stored[f"{name}.weight_scale"].file
+        if missing := [part for part, info in infos.items() if info is None]:
+            raise _damaged(f"{file.name}: {name}.{missing[0]} is missing", "the scheme in config.json needs it")
+        have = {part: (info.dtype, info.shape) for part, info in infos.items() if info is not None}
         if grid.bits == 8:
-            rows, columns = info.shape
+            rows, columns = have["weight"][1] if len(have["weight"][1]) == 2 else (0, 0)
+        elif have["weight_shape"] != (torch.int64, (2,)):
+            raise _damaged(
+                f"{file.name}: {name}.weight_shape is {have['weight_shape']}", "it must be two int64 numbers"
+            )
         else:
             rows, columns = (int(n) for n in read_tensor(self.stored[f"{name}.weight_shape"]))
-        groups = columns // grid.width(columns) if columns > 0 else 0
-        wrong = not grid.fits(columns) or rows < 1 or scale.shape != (rows, groups)
-        words = -(-columns * grid.bits // 32)
-        if wrong or (grid.bits != 8 and info.shape != (rows, words)):
-            raise BadInput(
-                f"{info.file.name}: {name} has shapes that contradict each other",
-                f"packed {list(info.shape)}, scales {list(scale.shape)}, weight [{rows}, {columns}], {grid}",
-                "download or quantize the model again",
-            )
+        if rows < 1 or columns < 1 or not grid.fits(columns):
+            raise _damaged(f"{file.name}: {name} claims to be [{rows}, {columns}]", f"{grid} cannot hold that")
+        groups, word = columns // grid.width(columns), lambda count: -(-count * grid.bits // 32)
+        want = {"weight_scale": (grid.scale_dtype, (rows, groups))}
+        if grid.bits == 8:
+            want |= {"weight": (torch.int8, (rows, columns)), "weight_zero_point": (torch.int8, (rows, groups))}
+        else:
+            want |= {
+                "weight_packed": (torch.int32, (rows, word(columns))),
+                "weight_zero_point": (torch.int32, (word(rows), groups)),
+            }
+        for part, expected in want.items():
+            if part in have and have[part] != expected:
+                raise _damaged(f"{file.name}: {name}.{part} is {have[part]}", f"config.json makes it {expected}")
+        if grid.scale_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise _damaged(f"{file.name}: {name}.weight_scale is {grid.scale_dtype}", "scales are floating numbers")
         shape = (columns, rows) if name in self._transposed else (rows, columns)
-        return TensorInfo(f"{name}.weight", scale.dtype, shape, info.file, info.offset, info.nbytes)
+        return replace(self.stored[f"{name}.weight_scale"], name=f"{name}.weight", shape=shape)
+
+
+def _damaged(what: str, why: str) -> BadInput:
+    return BadInput(what, why, "download or quantize the model again")
 
 
 def _schemes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config groups, checked for what infopt reads: weight-only integers."""
     groups = config.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise _damaged("config.json: quantization_config.config_groups", "it must be a table of groups")
     for name, group in groups.items():
-        weights = group.get("weights") or {}
-        fine = weights.get("type", "int") == "int" and weights.get("strategy") in ("group", "channel")
-        if not fine or weights.get("num_bits") not in (2, 3, 4, 8) or group.get("input_activations"):
+        weights, targets = group.get("weights"), group.get("targets")
+        if not (isinstance(weights, dict) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+            raise _damaged(f"config.json: config_groups.{name}", "it must have `weights` and a list of `targets`")
+        bits, size, strategy = weights.get("num_bits"), weights.get("group_size"), weights.get("strategy")
+        integer = weights.get("type", "int") == "int" and strategy in ("group", "channel") and bits in BITS
+        if not integer or group.get("input_activations"):
             raise Unsupported(
                 f"config.json: quantization_config.config_groups.{name}",
                 "infopt reads weight-only integers of 2, 3, 4 or 8 bits in groups or channels",
                 "use a checkpoint made by `infopt quantize`",
+            )
+        sized = strategy == "channel" or (type(size) is int and size > 0)
+        if type(bits) is not int or not sized or type(weights.get("symmetric", True)) is not bool:
+            raise _damaged(
+                f"config.json: config_groups.{name}.weights", "num_bits, group_size or symmetric is no such thing"
             )
     return list(groups.values())
 
@@ -212,16 +230,12 @@ def _scheme_of(name: str, schemes: list[dict[str, Any]]) -> dict[str, Any]:
     for scheme in schemes:
         if "Linear" in scheme.get("targets", ()):
             return scheme["weights"]
-    raise BadInput(
-        f"config.json: no config group covers {name}",
-        "its tensors are quantized, but quantization_config does not say how",
-        "download or quantize the model again",
-    )
+    raise _damaged(f"config.json: no config group covers {name}", "its tensors are quantized, but nothing says how")
 
 
 def _conv1d_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
-    listed = (config.get("quantization_config") or {}).get(_TRANSPOSED) or []
-    return set(listed).intersection(names)
+    listed = (config.get("quantization_config") or {}).get(_TRANSPOSED)
+    return {name for name in names if isinstance(listed, list) and name in listed}
 
 
 def _signed(codes: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,8 @@ class PreparedLinear:
 def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
     """The kernel for this weight; `packed` falls back to `exact` outside torch's limits, and `.kernel` tells."""
     if precision == "packed":
-        if _int4_group(q) is not None:
-            return _int4pack(q)
+        if (group := _int4_group(q)) is not None:
+            return _int4pack(q, group)
         if _fits_int8(q):
             return _int8pack(q)
     w_OI = q.dequantize(torch.float32)
@@ -74,9 +74,8 @@ def _int4_group(q: QTensor) -> int | None:
     return next((group for group in _INT4_GROUPS if width % group == 0), None)
 
 
-def _int4pack(q: QTensor) -> PreparedLinear:
+def _int4pack(q: QTensor, group: int) -> PreparedLinear:
     columns = q.shape[1]
-    group = _int4_group(q)
     codes_OI, offset_OG = _centred(q)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI.to(torch.int32), 1)
     scale_OG = q.scale.to(torch.float32)

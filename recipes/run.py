@@ -309,9 +309,10 @@ def _weights(results: dict[str, QTensor]) -> set[str]:
     return {f"{op}.weight" for op in results}
 
 
-def _file_digest(path: Path) -> str | None:
+def _file_digest(path: Path) -> str:
+    """The file's sha256; nothing where there is no file."""
     if not path.is_file():
-        return None
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
