@@ -84,7 +84,8 @@ class RuntimeModel:
             original = block.get_submodule(op_name)
             self._originals[i][op_name] = original
             bias = getattr(original, "bias", None)
-            _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
+            if isinstance(self.reader, QuantizedReader):  # it is, or there would be no such ops
+                _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
         return block
 
     def free_block(self, i: int) -> None:
