@@ -38,7 +38,6 @@ class Stream:
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def batch_tokens(self) -> int:
@@ -106,6 +105,7 @@ class Stream:
 
     def _write(self, i: int, hidden: Iterator[torch.Tensor]) -> str:
         digest = hashlib.sha256()
+        self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(i).open("wb") as file:
             for hidden_BTC in hidden:
                 data = hidden_BTC.float().contiguous().numpy().data

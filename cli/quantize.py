@@ -144,7 +144,6 @@ def _run(
         run = Run(reader, recipe, steps, out, windows, data_report)
         _check_memory(run, max_ram)
         if dry_run:
-            out.discard()
             return _plan_report(run)
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
         run(resume, _Progress(run.blocks))

@@ -76,7 +76,6 @@ class Run:
         self.plan = plan(self.skeleton, recipe)
         self.data_report = data_report
         self._parts = output.work / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True)
         self._stream = None
         if any(step.needs_stats for step in steps):
             if windows_NT is None:
@@ -103,6 +102,7 @@ class Run:
         on_block is told of every finished block, and whether an earlier run had finished it.
         """
         free_space_check(self.output.work, 2 * sum(info.nbytes for info in self.reader.tensors.values()) // 3)
+        self._parts.mkdir(parents=True, exist_ok=True)
         done = self._resume() if resume else []
         if not done:
             self._restart()
@@ -157,6 +157,9 @@ class Run:
             needed = marks[-1].hidden if marks else begun.get("hidden")
             if not needed or not self._stream.holds(len(marks), needed):
                 return []
+        for i, mark_report in enumerate(marks):  # structures are numbered as they are met: go on with the same numbers
+            key = structure_key(self.skeleton.model.get_submodule(self.skeleton.blocks[i]))
+            self._structures.setdefault(key, mark_report.structure)
         return marks
 
     def _mark_path(self, i: int) -> Path:
