@@ -301,7 +301,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int, tuple[str, ...]]] = {
     ),
     "a scheme of words": (
         lambda f: edit(f / "config.json", lambda c: scheme(c).update(group_size="all")),
-        4,
+        3,
         ("config_groups",),
     ),
     "report without layers": (lambda f: edit(f / "infopt.json", lambda r: r.update(layers=7)), 6, ("infopt.json",)),
