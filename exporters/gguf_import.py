@@ -69,7 +69,7 @@ def convert_gguf(path: Path, output: Path, dtype: torch.dtype = torch.bfloat16, 
     """
     header = read_gguf_header(path)
     _check_counts(header)
-    with OutputFolder(output, overwrite=overwrite) as folder:
+    with OutputFolder(output, overwrite=overwrite, source=path) as folder:
         for left in (*folder.stage.iterdir(), *folder.work.glob("part-*")):
             left.unlink()  # of an interrupted run, perhaps of another file
         try:
