@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c co
 DEMO        := demo
 DEMO_MODEL  := $(DEMO)/SmolLM2-135M-Instruct
 DEMO_OUT    := $(DEMO)/SmolLM2-135M-Instruct-W4A16
-DEMO_FLAGS  := --method awq --bits 4 --group-size 64 --num-samples 16 --seqlen 512
+DEMO_FLAGS  := --method awq --bits 4 --group-size 64 --num-samples 16 --seqlen 512 --verify-samples 4
 
 .PHONY: help install demo test test-slow check static format bench clean
 .DEFAULT_GOAL := help
