@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from infopt.runtime.verify import Verdict
 
 Text = str | None
-EXAMPLE = "Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4"
 
 
 def quantize(
@@ -117,6 +116,7 @@ def _run(
     from infopt import recipes
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
     from infopt.checkpoint import CheckpointReader, resolve
+    from infopt.cli.verify import load
     from infopt.errors import Unsupported
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run
@@ -139,7 +139,11 @@ def _run(
         windows, data_report = load_windows(
             spec, load_tokenizer(source), part="calibration", vocab_size=vocab if isinstance(vocab, int) else None
         )
-    compared = _comparison_windows(source, reader.config, recipe, comparison) if comparison else None
+        if len(windows) < data.num_samples:
+            _note(f"{data.dataset}: {len(windows)} calibration windows; {data.num_samples} were asked for")
+    compared = None
+    if comparison:  # read before the work: a typing mistake must not show after an hour
+        compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Run(reader, recipe, steps, out, windows, data_report)
         _check_memory(run, max_ram)
@@ -163,19 +167,6 @@ def _run(
     else:
         _note(f"not verified: `infopt verify {output} --reference {model}`")
     return report
-
-
-def _comparison_windows(
-    source: Path, config: dict[str, Any], recipe: Recipe, comparison: tuple[str | None, int]
-) -> Any:
-    """The windows of the comparison, read before the work: a typing mistake must not show after an hour."""
-    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
-
-    dataset, samples = comparison
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    length = min(recipe.calibration.seqlen, positions) if isinstance(positions, int) else recipe.calibration.seqlen
-    spec = DataSpec(dataset or "builtin", samples, length)
-    return load_windows(spec, load_tokenizer(source), part="evaluation")[0]
 
 
 def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None]) -> Verdict:
