@@ -38,6 +38,9 @@ def quantize(
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 (with zero points) or awq.")
+    ] = "compressed-tensors",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
@@ -66,7 +69,7 @@ def quantize(
     comparison = (verify_dataset, verify_samples) if verify else None
     if not verify and any(value is not None for value in gates.values()):
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
-    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run)
+    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, form)
     if as_json:
         print(json.dumps(report, indent=2))
 
@@ -112,16 +115,19 @@ def _run(
     gates: dict[str, float | None],
     max_ram: str | None,
     dry_run: bool,
+    form: str,
 ) -> dict[str, Any]:
     from infopt import recipes
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
     from infopt.checkpoint import CheckpointReader, resolve
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
+    from infopt.exporters.formats import named
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run
 
     started = time.monotonic()
+    written_as = named(form)
     source = resolve(model)
     reader = CheckpointReader(source)
     if reader.config.get("quantization_config"):
@@ -145,7 +151,7 @@ def _run(
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
-        run = Run(reader, recipe, steps, out, windows, data_report)
+        run = Run(reader, recipe, steps, out, windows, data_report, written_as)
         _check_memory(run, max_ram)
         if dry_run:
             return _plan_report(run)

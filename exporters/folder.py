@@ -9,7 +9,9 @@ from typing import Any
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
-from infopt.exporters.compressed_tensors import QuantizedReader
+from infopt.exporters.formats import for_settings
+from infopt.exporters.quantized import QuantizedReader
+from infopt.header import show
 
 
 def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
@@ -18,14 +20,16 @@ def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
     settings = reader.config.get("quantization_config")
     if not settings:
         return reader
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method != "compressed-tensors":
+    form = for_settings(settings)
+    if form is None:
+        names = ("quant_method", "checkpoint_format", "format", "version")
+        said = {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else settings
         raise Unsupported(
-            f"{folder}: the model is quantized already, as {method!r}",
-            "infopt reads compressed-tensors (weight-only integers) and unquantized folders",
+            f"{folder}: the model is quantized already, as {show(said)}",
+            "infopt reads compressed-tensors (weight-only integers), gptq, awq and unquantized folders",
             "give the original model",
         )
-    return QuantizedReader(folder)
+    return QuantizedReader(folder, form)
 
 
 def model_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""The table of formats that hold codes in a Hugging Face folder, and the question whether one can hold a model.
+
+`check` is asked before any work. It names the op and the reason, and the nearest format that can hold everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from infopt.errors import Unsupported, UsageError
+from infopt.exporters import awq, compressed_tensors, gptq
+from infopt.exporters.quantized import Format, Shape
+from infopt.grid import Grid
+
+#: nearest first: what `check` proposes is the first of these that holds the model
+FORMATS = {form.name: form for form in (compressed_tensors.FORMAT, gptq.V1, gptq.V2, awq.FORMAT)}
+
+
+def named(name: str) -> Format:
+    """The format as the command line spells it; UsageError for others."""
+    if name not in FORMATS:
+        raise UsageError(f"--format {name}", f"known: {', '.join(FORMATS)}", "--format compressed-tensors")
+    return FORMATS[name]
+
+
+def for_settings(settings: Any) -> Format | None:
+    """The format of a folder by its quantization_config, None for one that infopt does not read."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "gptq":
+        version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        return FORMATS.get(version) if version in ("gptq", "gptq_v2") else None
+    return FORMATS[method] if method in ("compressed-tensors", "awq") else None
+
+
+def objection(form: Format, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None:
+    """Why the format cannot hold these ops, naming the first that it cannot; None if it can."""
+    for name, (grid, shape) in ops.items():
+        if why := form.objection(grid, shape):
+            return f"{name} [{shape[0]}, {shape[1]}]: {why}"
+    grids = {form.settled(grid) for grid, _ in ops.values()}
+    if len(grids) > 1 and not form.mixed:
+        return f"all layers must be quantized alike, and these have {len(grids)} different grids"
+    return None
+
+
+def check(form: Format, ops: Mapping[str, tuple[Grid, Shape]]) -> None:
+    """Raise Unsupported, with the nearest format that can, unless the format holds all of these ops."""
+    why = objection(form, ops)
+    if why is None:
+        return
+    able = [name for name, other in FORMATS.items() if objection(other, ops) is None]
+    fix = f"--format {able[0]}" if able else "choose other --bits, --group-size or --sym"
+    raise Unsupported(f"the format {form.name} cannot hold this model", why, fix)
