@@ -11,8 +11,8 @@ then. So version 1 is written for symmetric grids only, and `gptq_v2` for those 
 only what servers take is written: trivial groups with `desc_act: false`. (Our GPTQ solves in activation order with static
 groups, which needs no more.) Permuted groups are read, as dense weights.
 
-Ops that differ from the rest are listed in `dynamic`, GPTQModel's table of regular expressions. The expressions of a folder
-are not evaluated (a hostile one can run for ever): bits and groups show in the shapes.
+Ops that differ from the rest are listed in `dynamic`, GPTQModel's table of regular expressions. Those of a folder are not
+evaluated (a hostile one can run for ever): ours are known by their text, and for others bits and groups show in the shapes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def config(
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"infopt:{infopt.__version__}"]},
     }
-    dynamic = {f"+:^{re.escape(name)}$": _numbers(grid) for name, grid in grids.items() if grid != common}
+    dynamic = {_rule(name): _numbers(grid) for name, grid in grids.items() if grid != common}
     blocks = {name.split(".")[0] for name in grids}
     dynamic |= {f"-:^{re.escape(name)}$": {} for name in sorted(ignore) if name.split(".")[0] in blocks}
     if dynamic:
@@ -93,15 +93,21 @@ def layouts(settings: dict[str, Any], stored: Mapping[str, TensorInfo]) -> dict[
         raise unreadable("config.json: a gptq folder whose pack_dtype is not int32", "infopt reads 32-bit words")
     if type(group) is not int or type(symmetric) is not bool:
         raise damaged("config.json: group_size or sym of the gptq folder", "they must be a whole number and a flag")
-    dynamic = settings.get("dynamic") or {}
-    rules = list(dynamic.values()) if isinstance(dynamic, dict) else []
-    if any(isinstance(rule, dict) and "sym" in rule for rule in rules):
-        symmetric = False  # which op a rule means is not asked: zero points are stored for all of them anyway
+    given = settings.get("dynamic") or {}
+    rules = {text: rule for text, rule in given.items() if isinstance(rule, dict)} if isinstance(given, dict) else {}
     names = [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]
-    return {name: _layout(name, bits, group, symmetric, stored) for name in names}
+    ours = set(map(_rule, names))
+    foreign = [rule for text, rule in rules.items() if text not in ours]
+    if any(rule.get("sym", symmetric) != symmetric for rule in foreign):
+        symmetric = False  # which ops the rule means is not asked: zero points are stored for all of them anyway
+    return {
+        name: _layout(name, {"group_size": group, "sym": symmetric, **rules.get(_rule(name), {})}, bits, stored)
+        for name in names
+    }
 
 
-def _layout(name: str, bits: int, group: int, symmetric: bool, stored: Mapping[str, TensorInfo]) -> Layout:
+def _layout(name: str, rule: Mapping[str, Any], bits: int, stored: Mapping[str, TensorInfo]) -> Layout:
+    """rule: `group_size` and `sym` as the config has them for this op."""
     words = stored[f"{name}.qweight"]
     scale, index = stored.get(f"{name}.scales"), stored.get(f"{name}.g_idx")
     if scale is None:
@@ -121,7 +127,8 @@ def _layout(name: str, bits: int, group: int, symmetric: bool, stored: Mapping[s
             f"{words.file.name}: {name} claims {columns} columns, {groups} groups, {bits} bits", "no such grid"
         )
     width = columns // groups
-    grid = Grid(bits, None if groups == 1 and group != columns else width, symmetric, scale.dtype)
+    channel = groups == 1 and rule["group_size"] != columns
+    grid = Grid(bits, None if channel else width, rule["sym"] is True, scale.dtype)
     want: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "qweight": (torch.int32, (columns * bits // 32, rows)),
         "qzeros": (torch.int32, (groups, rows * bits // 32)),
@@ -146,6 +153,11 @@ def _order(group_I: torch.Tensor, width: int) -> torch.Tensor | None:
     if bool((group_I == torch.arange(len(group_I)) // width).all()):
         return None
     return torch.argsort(group_I, stable=True)
+
+
+def _rule(name: str) -> str:
+    """The key in `dynamic` that means this op and no other."""
+    return f"+:^{re.escape(name)}$"
 
 
 def _numbers(grid: Grid) -> dict[str, Any]:
