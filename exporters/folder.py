@@ -37,10 +37,19 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def write_folder(stage: Path, source: CheckpointReader, quantization: dict[str, Any]) -> None:
+def write_folder(
+    stage: Path,
+    source: CheckpointReader,
+    quantization: dict[str, Any] | None,
+    changed: dict[str, Any] | None = None,
+) -> None:
     """Everything but the weights: config.json with `quantization_config` added, all other keys and their spelling kept
-    (transformers 5 rewrites rope settings in a way that version 4 misreads), and the source's side files byte for byte."""
-    config = {**model_config(source.config), "quantization_config": quantization}
+    (transformers 5 rewrites rope settings in a way that version 4 misreads), and the source's side files byte for byte.
+
+    quantization: None for plain weights. changed: keys of config.json with a new value."""
+    config = {**model_config(source.config), **(changed or {})}
+    if quantization is not None:
+        config["quantization_config"] = quantization
     (stage / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in source.side_files():
         target = stage / path.relative_to(source.folder)

@@ -10,10 +10,9 @@ from typing import Any
 
 from infopt.errors import Unsupported, UsageError
 from infopt.exporters import awq, compressed_tensors, gptq
-from infopt.exporters.quantized import Format, Shape
+from infopt.exporters.quantized import Format, Holder, Shape
 from infopt.grid import Grid
 
-#: nearest first: what `check` proposes is the first of these that holds the model
 FORMATS = {form.name: form for form in (compressed_tensors.FORMAT, gptq.V1, gptq.V2, awq.FORMAT)}
 
 
@@ -33,7 +32,7 @@ def for_settings(settings: Any) -> Format | None:
     return FORMATS[method] if method in ("compressed-tensors", "awq") else None
 
 
-def objection(form: Format, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None:
+def objection(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None:
     """Why the format cannot hold these ops, naming the first that it cannot; None if it can."""
     for name, (grid, shape) in ops.items():
         if why := form.objection(grid, shape):
@@ -44,11 +43,17 @@ def objection(form: Format, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None
     return None
 
 
-def check(form: Format, ops: Mapping[str, tuple[Grid, Shape]]) -> None:
+def check(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> None:
     """Raise Unsupported, with the nearest format that can, unless the format holds all of these ops."""
     why = objection(form, ops)
     if why is None:
         return
-    able = [name for name, other in FORMATS.items() if objection(other, ops) is None]
-    fix = f"--format {able[0]}" if able else "choose other --bits, --group-size or --sym"
+    able = nearest(ops, form.name)
+    fix = f"--format {able}" if able else "choose other --bits, --group-size or --sym"
     raise Unsupported(f"the format {form.name} cannot hold this model", why, fix)
+
+
+def nearest(ops: Mapping[str, tuple[Grid, Shape]], near: str, besides: str = "") -> str | None:
+    """A format that holds all of these ops: another version of `near` if one does, else the first of the table."""
+    order = sorted(FORMATS, key=lambda name: not name.startswith(near))
+    return next((name for name in order if name != besides and objection(FORMATS[name], ops) is None), None)

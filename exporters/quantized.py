@@ -43,23 +43,31 @@ class Layout:
     order: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Format:
-    """name: as `--format` spells it. scales: dtypes that a scale may have, the preferred one first. mixed: whether ops
-    may have different grids. objection: why an op of this grid and shape cannot be held, None if it can."""
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What can be asked of a format before any work. name: as `--format` spells it. scales: dtypes that a scale may have, the
+    preferred one first. mixed: whether ops may have different grids. objection: why an op of this grid and shape cannot be
+    held, None if it can; `exact`: the same of a weight's own numbers, for a format that cannot hold them all."""
 
     name: str
     scales: tuple[torch.dtype, ...]
     mixed: bool
     objection: Callable[[Grid, Shape], str | None]
-    encode: Callable[[str, QTensor], dict[str, torch.Tensor]]
-    decode: Callable[[Mapping[str, torch.Tensor], Grid], QTensor]
-    config: Callable[[Mapping[str, Grid], Iterable[str], Iterable[str]], dict[str, Any]]
-    layouts: Callable[[dict[str, Any], Mapping[str, TensorInfo]], dict[str, Layout]]
+    exact: Callable[[QTensor], str | None] | None = None
 
     def settled(self, grid: Grid) -> Grid:
         """The grid with a scale dtype that this format stores."""
         return grid if grid.scale_dtype in self.scales else replace(grid, scale_dtype=self.scales[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(Holder):
+    """A format of tensors in a Hugging Face folder; see the module."""
+
+    encode: Callable[[str, QTensor], dict[str, torch.Tensor]]
+    decode: Callable[[Mapping[str, torch.Tensor], Grid], QTensor]
+    config: Callable[[Mapping[str, Grid], Iterable[str], Iterable[str]], dict[str, Any]]
+    layouts: Callable[[dict[str, Any], Mapping[str, TensorInfo]], dict[str, Layout]]
 
 
 class QuantizedReader(CheckpointReader):
