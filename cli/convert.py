@@ -23,15 +23,14 @@ class WeightType(StrEnum):
     float32 = "float32"
 
 
-PLAIN = "safetensors"
-
-
 def convert(
     model: Annotated[str, typer.Argument(help="A quantized folder, a hub id, or a GGUF file.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)],
     form: Annotated[
         str | None,
-        typer.Option("--format", help="compressed-tensors, gptq, gptq_v2, awq or safetensors (plain, for GGUF files)."),
+        typer.Option(
+            "--format", help="compressed-tensors, gptq, gptq_v2, awq, gguf, gguf_q8_0, or safetensors (plain)."
+        ),
     ] = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round layers again that the format cannot hold.")
@@ -40,6 +39,7 @@ def convert(
     dtype: Annotated[
         WeightType | None, typer.Option(help="Of dequantized weights; the model's own, bfloat16 for GGUF files.")
     ] = None,
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into a GGUF file.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on stdout.")] = False,
 ) -> None:
@@ -49,7 +49,7 @@ def convert(
     Example: infopt convert SmolLM2-135M-Instruct.Q4_1.gguf -o SmolLM2-135M-Instruct
     """
     if Path(model).suffix.lower() == ".gguf":
-        if form not in (None, PLAIN) or requantize:
+        if form not in (None, "safetensors") or requantize:
             why = "a GGUF file is dequantized: its codes are not carried over"
             raise UsageError(
                 f"{model} --format {form}", why, f"infopt convert {model} -o DIR, then infopt quantize DIR"
@@ -60,7 +60,7 @@ def convert(
         raise UsageError("--format is missing", "it says what the folder is to become", "--format gptq")
     if requantize and dequantize:
         raise UsageError("--requantize and --dequantize", "they contradict each other", "drop one")
-    _from_folder(model, output, form, (requantize, dequantize), dtype, overwrite, as_json)
+    _from_folder(model, output, form, (requantize, dequantize), dtype, (overwrite, tokenizer), as_json)
 
 
 def _from_gguf(path: Path, output: Path, dtype: WeightType, overwrite: bool, as_json: bool) -> None:
@@ -88,21 +88,26 @@ def _from_folder(
     form: str,
     losses: tuple[bool, bool],
     dtype: WeightType | None,
-    overwrite: bool,
+    switches: tuple[bool, bool],
     as_json: bool,
 ) -> None:
     import torch
 
     from infopt.checkpoint import resolve
-    from infopt.exporters.convert import convert_folder
-    from infopt.exporters.formats import FORMATS, named
+    from infopt.exporters.convert import convert_folder, convert_to_gguf
+    from infopt.exporters.formats import FORMATS, GGUF_FORMATS, PLAIN, named
     from infopt.report import json_out
 
-    if form != PLAIN and form not in FORMATS:
-        raise UsageError(f"--format {form}", f"known: {', '.join((*FORMATS, PLAIN))}", "--format compressed-tensors")
+    if form != PLAIN and form not in FORMATS | GGUF_FORMATS:
+        known = ", ".join((*FORMATS, *GGUF_FORMATS, PLAIN))
+        raise UsageError(f"--format {form}", f"known: {known}", "--format compressed-tensors")
     loss = "requantize" if losses[0] else "dequantize" if losses[1] else None
     stored = getattr(torch, dtype.value) if dtype else None
-    done = convert_folder(resolve(model), output, None if form == PLAIN else named(form), loss, stored, overwrite)
+    overwrite, tokenizer = switches
+    if form in GGUF_FORMATS:
+        done = convert_to_gguf(resolve(model), output, named(form), loss, stored, overwrite, tokenizer)
+    else:
+        done = convert_folder(resolve(model), output, None if form == PLAIN else named(form), loss, stored, overwrite)
     if as_json:
         json_out(dataclasses.asdict(done))
     else:

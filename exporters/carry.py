@@ -72,7 +72,7 @@ def plan_carry(reader: QuantizedReader, skeleton: Skeleton, holder: Holder | Non
 
 def carried_tensor(name: str, q: QTensor, grid: Grid) -> QTensor:
     """q under the grid that `plan_carry` found for it: other dtypes, the same numbers. BadInput for scales that are none."""
-    _check_finite(name, q.scale)
+    check_finite(name, q.scale)
     new = QTensor(q.codes, q.scale.to(grid.scale_dtype), q.zero, grid)
     if not torch.equal(new.scale.double(), q.scale.double()):
         raise RuntimeError(f"{name}: the plan let {say(grid.scale_dtype)} round its scales")
@@ -81,7 +81,7 @@ def carried_tensor(name: str, q: QTensor, grid: Grid) -> QTensor:
 
 def round_nearest(name: str, w_OI: torch.Tensor, grid: Grid) -> QTensor:
     """w rounded to nearest on a grid that spans each group from its minimum to its maximum; BadInput if w is not finite."""
-    _check_finite(name, w_OI)
+    check_finite(name, w_OI)
     rows, columns = w_OI.shape
     w_OGK = w_OI.float().reshape(rows, -1, grid.width(columns))
     scale_OG, zero_OG = grid.range(w_OGK.amin(2).clamp_max(0), w_OGK.amax(2).clamp_min(0))
@@ -89,9 +89,10 @@ def round_nearest(name: str, w_OI: torch.Tensor, grid: Grid) -> QTensor:
     return QTensor(codes.reshape(rows, columns), scale_OG.to(grid.scale_dtype), zero_OG.to(torch.uint8), grid)
 
 
-def _check_finite(name: str, values: torch.Tensor) -> None:
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """BadInput, naming the tensor, for values that are NaN or infinite."""
     if not bool(torch.isfinite(values).all()):
-        raise damaged(f"{name} has scales that are not finite", "no weight can be made from them")
+        raise damaged(f"{name} has values that are not finite", "nothing can be made from them")
 
 
 def model_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -144,7 +145,7 @@ def _carriable(reader: QuantizedReader, holder: Holder) -> dict[str, Grid | str]
 
 def _narrowed(name: str, q: QTensor, holder: Holder, wanted: torch.dtype, grid: Grid) -> Grid | str:
     """`grid` with a scale dtype that holds the scales of q exactly; the reason where q would change."""
-    _check_finite(name, q.scale)
+    check_finite(name, q.scale)
     if grid.symmetric and not bool((q.zero == grid.middle).all()):
         return holder.objection(q.grid, q.shape) or "it has zero points"
     if holder.exact and (why := holder.exact(q)):
@@ -171,8 +172,7 @@ def _requantized(
 def _first(reader: QuantizedReader, holder: Holder, old: Grid, names: list[str]) -> Grid:
     """The grid most like `old` that the target holds for all of these layers."""
     for grid in _alike(old):
-        exact = holder.exact is None or grid.symmetric  # freshly rounded zero points would not be exact either
-        if exact and all(holder.objection(grid, reader.shape(name)) is None for name in names):
+        if all(holder.objection(grid, reader.shape(name)) is None for name in names):
             return holder.settled(grid)
     raise Unsupported(f"{holder.name} holds no grid for {names[0]} {list(reader.shape(names[0]))}", "", "--dequantize")
 

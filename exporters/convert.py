@@ -9,8 +9,9 @@ or the damage would be carried over and blessed with new ones.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from infopt.checkpoint import CheckpointReader
 from infopt.errors import InfoptError, Unsupported, VerificationFailed
 from infopt.exporters.carry import Carry, Loss, carried_tensor, model_dtype, plan_carry, round_nearest, say
 from infopt.exporters.folder import model_config, open_model, write_folder
+from infopt.exporters.gguf_blocks import GGUF_Q8_0
+from infopt.exporters.gguf_export import GGUFExport
 from infopt.exporters.quantized import Format, QuantizedReader, damaged
 from infopt.header import read_json
 from infopt.memory import release
@@ -79,6 +82,71 @@ def convert_folder(
         str(output), reader.form.name, form.name if form else "safetensors",
         sorted(plan.carried), plan.requantized, sorted(plan.dequantized), copied,
     )  # fmt: skip
+
+
+def convert_to_gguf(
+    source: Path,
+    output: Path,
+    form: Format,
+    loss: Loss | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    tokenizer: bool = True,
+) -> Converted:
+    """Write the folder `output` with `model.gguf` in it, from a quantized folder or a float one.
+
+    Raises as `convert_folder`, and Unsupported for models and tokenizers that GGUF or infopt's writer cannot say.
+    """
+    if (source / MANIFEST).exists():
+        check_manifest(source)
+    with OutputFolder(output, overwrite=overwrite, source=source) as folder:
+        for left in folder.stage.iterdir():
+            left.unlink()
+        try:
+            done = write_gguf(open_model(source), folder.stage, form, loss, dtype, tokenizer)
+        except InfoptError:
+            folder.discard()
+            raise
+        folder.commit()
+    return replace(done, output=str(output))
+
+
+def write_gguf(
+    reader: CheckpointReader, stage: Path, form: Format, loss: Loss | None, dtype: torch.dtype | None, tokenizer: bool
+) -> Converted:
+    """Write `model.gguf`, infopt.json and the licence into `stage`; nothing else of the folder is any use beside them."""
+    skeleton = Skeleton(model_config(reader.config), reader)
+    quantized = reader if isinstance(reader, QuantizedReader) else None
+    plan = plan_carry(quantized, skeleton, form, loss) if quantized else None
+    export = GGUFExport(reader, skeleton, plan, form is GGUF_Q8_0, dtype or model_dtype(reader.config))
+    if quantized and plan:
+        _check_digests(quantized, plan)
+    digests = export.write(stage / "model.gguf", tokenizer)
+    carry = plan or Carry({}, frozenset(), frozenset(), {}, [])
+    name = quantized.form.name if quantized else "safetensors"
+    write_json(stage / _REPORT, _report(reader.folder, name, form.name, carry, digests))
+    _copy_recipe(reader.folder, stage)
+    for path in reader.side_files():
+        if path.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
+            (stage / path.name).write_bytes(path.read_bytes())
+    copied = len(export.tensors) - len(carry.modules)
+    return Converted(
+        str(stage), name, form.name, sorted(carry.carried), carry.requantized, sorted(carry.dequantized), copied
+    )
+
+
+def replace_by_gguf(folder: OutputFolder, form: Format, tokenizer: bool) -> None:
+    """The stage's quantized folder becomes a GGUF file; the verdict on its codes stays, since they are the same."""
+    made = folder.work / "gguf"
+    made.mkdir(exist_ok=True)
+    write_gguf(open_model(folder.stage), made, form, None, None, tokenizer)
+    for path in folder.stage.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "verification.json":
+            path.unlink()
+    for path in made.iterdir():
+        path.rename(folder.stage / path.name)
 
 
 def _not_quantized(source: Path, form: Format | None) -> Unsupported:
@@ -141,13 +209,23 @@ def _converted(reader: QuantizedReader, name: str, plan: Carry, claimed: dict[st
         w = reader.get(f"{name}.weight")
         return round_nearest(name, w.T if name in reader.transposed else w, grid)
     q = reader.qtensor(name)
+    _check_digest(reader, name, q, claimed)
+    return carried_tensor(name, q, grid)
+
+
+def _check_digests(reader: QuantizedReader, plan: Carry) -> None:
+    claimed = _digests(reader.folder)
+    for name in plan.carried if claimed else ():
+        _check_digest(reader, name, reader.qtensor(name), claimed)
+
+
+def _check_digest(reader: QuantizedReader, name: str, q: QTensor, claimed: dict[str, str]) -> None:
     if claimed.get(name, q.digest()) != q.digest():
         raise VerificationFailed(
             f"{reader.folder}: {name} is not what the solver made",
             f"its digest is not the one in {_REPORT}",
             "quantize the model again, or fetch an undamaged copy",
         )
-    return carried_tensor(name, q, grid)
 
 
 def _dense(reader: QuantizedReader, key: str, dtype: torch.dtype) -> torch.Tensor:
@@ -175,15 +253,20 @@ def _write_rest(
     if dtype is not None and plan.dequantized:
         changed = {key: say(dtype) for key in ("dtype", "torch_dtype") if key in reader.config} or {"dtype": say(dtype)}
     write_folder(stage, reader, settings, changed)
-    recipe = reader.folder / "recipe.yaml"
+    _copy_recipe(reader.folder, stage)
+    target = form.name if form else "safetensors"
+    write_json(stage / _REPORT, _report(reader.folder, reader.form.name, target, plan, digests))
+
+
+def _copy_recipe(folder: Path, stage: Path) -> None:
+    recipe = folder / "recipe.yaml"
     if recipe.is_file() and not recipe.is_symlink():
         (stage / recipe.name).write_bytes(recipe.read_bytes())
-    write_json(stage / _REPORT, _report(reader, plan, form, digests))
 
 
-def _report(reader: QuantizedReader, plan: Carry, form: Format | None, digests: dict[str, str]) -> dict[str, Any]:
+def _report(folder: Path, source: str, target: str, plan: Carry, digests: dict[str, str]) -> dict[str, Any]:
     """The source's infopt.json, where it has one, with this step's layers and its own record."""
-    old = _source_report(reader.folder)
+    old = _source_report(folder)
     layers = old.get("layers", {})
     described = {
         name: {
@@ -196,8 +279,8 @@ def _report(reader: QuantizedReader, plan: Carry, form: Format | None, digests: 
         for name, grid in plan.grids.items()
     }
     record = {
-        "from": reader.form.name,
-        "to": form.name if form else "safetensors",
+        "from": source,
+        "to": target,
         "infopt": infopt.__version__,
         "requantized": plan.requantized,
         "dequantized": sorted(plan.dequantized),

@@ -1,4 +1,4 @@
-"""The table of formats that hold codes in a Hugging Face folder, and the question whether one can hold a model.
+"""The table of formats that hold codes, and the question whether one can hold a model.
 
 `check` is asked before any work. It names the op and the reason, and the nearest format that can hold everything.
 """
@@ -9,18 +9,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from infopt.errors import Unsupported, UsageError
-from infopt.exporters import awq, compressed_tensors, gptq
+from infopt.exporters import awq, compressed_tensors, gguf_blocks, gptq
 from infopt.exporters.quantized import Format, Holder, Shape
 from infopt.grid import Grid
 
 FORMATS = {form.name: form for form in (compressed_tensors.FORMAT, gptq.V1, gptq.V2, awq.FORMAT)}
 
 
+#: written as one GGUF file; while a model is still codes they are folders in the layout of compressed-tensors
+GGUF_FORMATS = {form.name: form for form in (gguf_blocks.GGUF, gguf_blocks.GGUF_Q8_0)}
+PLAIN = "safetensors"
+
+
 def named(name: str) -> Format:
     """The format as the command line spells it; UsageError for others."""
-    if name not in FORMATS:
-        raise UsageError(f"--format {name}", f"known: {', '.join(FORMATS)}", "--format compressed-tensors")
-    return FORMATS[name]
+    known = FORMATS | GGUF_FORMATS
+    if name not in known:
+        raise UsageError(f"--format {name}", f"known: {', '.join(known)}", "--format compressed-tensors")
+    return known[name]
 
 
 def for_settings(settings: Any) -> Format | None:
@@ -55,5 +61,7 @@ def check(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> None:
 
 def nearest(ops: Mapping[str, tuple[Grid, Shape]], near: str, besides: str = "") -> str | None:
     """A format that holds all of these ops: another version of `near` if one does, else the first of the table."""
-    order = sorted(FORMATS, key=lambda name: not name.startswith(near))
-    return next((name for name in order if name != besides and objection(FORMATS[name], ops) is None), None)
+    table = GGUF_FORMATS if near in GGUF_FORMATS else FORMATS
+    order = sorted(table, key=lambda name: not name.startswith(near))
+    able = (name for name in order if name not in (near, besides) and objection(table[name], ops) is None)
+    return next(able, None)

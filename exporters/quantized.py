@@ -47,17 +47,20 @@ class Layout:
 class Holder:
     """What can be asked of a format before any work. name: as `--format` spells it. scales: dtypes that a scale may have, the
     preferred one first. mixed: whether ops may have different grids. objection: why an op of this grid and shape cannot be
-    held, None if it can; `exact`: the same of a weight's own numbers, for a format that cannot hold them all."""
+    held, None if it can; `exact`: the same of a weight's own numbers, for a format that cannot hold them all, and
+    `scale_bits`: significant bits of scales that it can always hold beside zero points."""
 
     name: str
     scales: tuple[torch.dtype, ...]
     mixed: bool
     objection: Callable[[Grid, Shape], str | None]
     exact: Callable[[QTensor], str | None] | None = None
+    scale_bits: int | None = None
 
     def settled(self, grid: Grid) -> Grid:
-        """The grid with a scale dtype that this format stores."""
-        return grid if grid.scale_dtype in self.scales else replace(grid, scale_dtype=self.scales[0])
+        """The grid with scales that this format stores."""
+        dtype = grid.scale_dtype if grid.scale_dtype in self.scales else self.scales[0]
+        return replace(grid, scale_dtype=dtype, scale_bits=None if grid.symmetric else self.scale_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
