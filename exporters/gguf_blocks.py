@@ -72,7 +72,7 @@ def _nibbles(codes_ON32: torch.Tensor) -> torch.Tensor:
 
 
 def _offset(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    return -scale.double() * zero.double()
+    return 0.0 - scale.double() * zero.double()  # and not -0.0, which other writers do not write
 
 
 def _objection(q8: bool, grid: Grid, shape: Shape) -> str | None:

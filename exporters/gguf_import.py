@@ -182,6 +182,9 @@ def _skeleton(header: GGUFHeader) -> nn.Module:
         embedding = header.tensors.get("token_embd.weight")
         if embedding is not None:  # the file's table of texts may be shorter than its padded embedding
             config.vocab_size = embedding.shape[0]
+        head = header.values.get(f"{header.architecture}.attention.key_length")
+        if type(head) is int and head > 0 and hasattr(config, "head_dim"):  # transformers reads it for some types only
+            config.head_dim = head
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except _MODEL_FAILURES as error:
