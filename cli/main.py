@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "eval": ("evaluate", "evaluate", "Perplexity of a model, quantized or not."),
     "inspect": ("inspect", "inspect", "Show a model's layers, and its topology as found and proven."),
-    "convert": ("convert", "convert", "Convert a GGUF file to a Hugging Face folder."),
+    "convert": ("convert", "convert", "Convert a model to another format, its codes carried over bit for bit."),
     "recipe": ("recipe", "recipe", "List the recipes, or show one."),
     "doctor": ("doctor", "doctor", "Versions, processor, memory, disk and GPU of this machine."),
 }

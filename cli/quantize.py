@@ -42,6 +42,11 @@ def quantize(
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 (with zero points), awq, gguf, gguf_q8_0."),
+    ] = "compressed-tensors",
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into a GGUF file.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
@@ -73,7 +78,7 @@ def quantize(
     comparison = (verify_dataset, verify_samples) if verify else None
     if not verify and any(value is not None for value in gates.values()):
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
-    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run)
+    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer))
     if as_json:
         print(json.dumps(report, indent=2))
 
@@ -119,17 +124,22 @@ def _run(
     gates: dict[str, float | None],
     max_ram: str | None,
     dry_run: bool,
+    target: tuple[str, bool],
 ) -> dict[str, Any]:
     from infopt import recipes
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
     from infopt.checkpoint import CheckpointReader, resolve
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
+    from infopt.exporters.convert import replace_by_gguf
+    from infopt.exporters.formats import GGUF_FORMATS, named
+    from infopt.exporters.gguf_export import check_gguf
     from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run
 
     started = time.monotonic()
+    form, tokenizer = named(target[0]), target[1]
     source = resolve(model)
     reader = CheckpointReader(source)
     if reader.config.get("quantization_config"):
@@ -138,6 +148,8 @@ def _run(
             "quantizing codes again would lose twice",
             "give the original model",
         )
+    if form.name in GGUF_FORMATS:
+        check_gguf(reader, tokenizer)
     steps = recipes.build_steps(recipe)
     windows, data_report = None, None
     if any(step.needs_stats for step in steps):
@@ -154,7 +166,7 @@ def _run(
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
-        run = Run(reader, recipe, steps, out, windows, data_report)
+        run = Run(reader, recipe, steps, out, windows, data_report, form)
         run.hold(_spare_memory(run, max_ram))
         if dry_run:
             return _plan_report(run)
@@ -164,6 +176,8 @@ def _run(
         verdict = None
         if compared is not None:
             verdict = _verify(out.stage, source, compared, gates)
+        if form.name in GGUF_FORMATS:
+            replace_by_gguf(out, form, tokenizer)
         out.commit()
     _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
     report = {

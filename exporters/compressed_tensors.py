@@ -14,22 +14,18 @@ becomes NaN, and 3-bit codes were padded to whole codes per word before 0.19.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from infopt.checkpoint import CheckpointReader
-from infopt.errors import BadInput, Unsupported
+from infopt.errors import Unsupported
 from infopt.exporters.packing import pack_bits, unpack_bits
+from infopt.exporters.quantized import SCALES, TRANSPOSED, Format, Layout, Shape, check_scale, damaged, require
 from infopt.grid import BITS, Grid
 from infopt.header import TensorInfo, read_tensor
 from infopt.qtensor import QTensor
 
 _VERSION = "0.20.0"
-_TRANSPOSED = "infopt_transposed"  # a key of ours, which engines ignore
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 def encode(name: str, q: QTensor) -> dict[str, torch.Tensor]:
@@ -104,109 +100,81 @@ def config(grids: Mapping[str, Grid], ignore: Iterable[str], transposed: Iterabl
         "version": _VERSION,
     }
     if names := sorted(transposed):
-        settings[_TRANSPOSED] = names
+        settings[TRANSPOSED] = names
     return settings
 
 
-class QuantizedReader(CheckpointReader):
-    """A compressed-tensors folder seen as the dense checkpoint that it stands for.
-
-    `tensors` lists the logical tensors ("X.weight", in the scales' dtype); `get` dequantizes; `qtensor` gives the codes.
-    `quantized` maps each quantized op's path to its grid. Raises BadInput for tensors that are missing or of a wrong
-    shape, Unsupported for schemes that infopt does not read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.stored = self.tensors
-        self._schemes = _schemes(self.config.get("quantization_config", {}))
-        self.quantized = {name: self._grid(name) for name in self._names()}
-        hidden = {f"{name}.{suffix}" for name in self.quantized for suffix in (*_SUFFIXES, "weight")}
-        logical = {key: info for key, info in self.stored.items() if key not in hidden}
-        self._transposed = _conv1d_names(self.config, self.quantized)
-        for name in self.quantized:
-            logical[f"{name}.weight"] = self._logical(name)
-        self.tensors = dict(sorted(logical.items()))
-
-    def qtensor(self, name: str) -> QTensor:
-        """The op's codes as they are in the file."""
-        parts = {part: read_tensor(self.stored[f"{name}.{part}"]) for part in self._parts(name)}
-        return decode(parts, self.quantized[name])
-
-    def get(self, name: str) -> torch.Tensor:
-        op = name.removesuffix(".weight")
-        if op == name or op not in self.quantized:
-            return super().get(name)
-        w_OI = self.qtensor(op).dequantize()
-        return w_OI.T.contiguous() if op in self._transposed else w_OI
-
-    def _names(self) -> list[str]:
-        names = [key.removesuffix(".weight_scale") for key in self.stored if key.endswith(".weight_scale")]
-        packed = {key.removesuffix(".weight_packed") for key in self.stored if key.endswith(".weight_packed")}
-        for name in sorted(packed.difference(names)):
-            file = self.stored[f"{name}.weight_packed"].file
-            raise _damaged(f"{file.name}: {name}.weight_scale is missing", "the packed weight means nothing without it")
-        return names
-
-    def _parts(self, name: str) -> list[str]:
-        grid = self.quantized[name]
-        parts = ["weight", "weight_scale"] if grid.bits == 8 else ["weight_packed", "weight_scale", "weight_shape"]
-        return parts if grid.symmetric else [*parts, "weight_zero_point"]
-
-    def _grid(self, name: str) -> Grid:
-        scheme = _scheme_of(name, self._schemes)
-        group = None if scheme["strategy"] == "channel" else scheme["group_size"]
-        return Grid(scheme["num_bits"], group, scheme.get("symmetric", True), self.stored[f"{name}.weight_scale"].dtype)
-
-    def _logical(self, name: str) -> TensorInfo:
-        """The dense weight that the op's tensors stand for, after checking every one of their types and shapes."""
-        grid = self.quantized[name]
-        infos = {part: self.stored.get(f"{name}.{part}") for part in self._parts(name)}
-        file = self.stored[f"{name}.weight_scale"].file
-        if missing := [part for part, info in infos.items() if info is None]:
-            raise _damaged(f"{file.name}: {name}.{missing[0]} is missing", "the scheme in config.json needs it")
-        have = {part: (info.dtype, info.shape) for part, info in infos.items() if info is not None}
-        if grid.bits == 8:
-            rows, columns = have["weight"][1] if len(have["weight"][1]) == 2 else (0, 0)
-        elif have["weight_shape"] != (torch.int64, (2,)):
-            raise _damaged(
-                f"{file.name}: {name}.weight_shape is {have['weight_shape']}", "it must be two int64 numbers"
-            )
-        else:
-            rows, columns = (int(n) for n in read_tensor(self.stored[f"{name}.weight_shape"]))
-        if rows < 1 or columns < 1 or not grid.fits(columns):
-            raise _damaged(f"{file.name}: {name} claims to be [{rows}, {columns}]", f"{grid} cannot hold that")
-        groups, word = columns // grid.width(columns), lambda count: -(-count * grid.bits // 32)
-        want = {"weight_scale": (grid.scale_dtype, (rows, groups))}
-        if grid.bits == 8:
-            want |= {"weight": (torch.int8, (rows, columns)), "weight_zero_point": (torch.int8, (rows, groups))}
-        else:
-            want |= {
-                "weight_packed": (torch.int32, (rows, word(columns))),
-                "weight_zero_point": (torch.int32, (word(rows), groups)),
-            }
-        for part, expected in want.items():
-            if part in have and have[part] != expected:
-                raise _damaged(f"{file.name}: {name}.{part} is {have[part]}", f"config.json makes it {expected}")
-        if grid.scale_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise _damaged(f"{file.name}: {name}.weight_scale is {grid.scale_dtype}", "scales are floating numbers")
-        shape = (columns, rows) if name in self._transposed else (rows, columns)
-        return replace(self.stored[f"{name}.weight_scale"], name=f"{name}.weight", shape=shape)
+def layouts(settings: dict[str, Any], stored: Mapping[str, TensorInfo]) -> dict[str, Layout]:
+    """The quantized ops of a folder, every type and shape checked. Raises BadInput, Unsupported."""
+    schemes = _schemes(settings)
+    names = [key.removesuffix(".weight_scale") for key in stored if key.endswith(".weight_scale")]
+    packed = {key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")}
+    for name in sorted(packed.difference(names)):
+        file = stored[f"{name}.weight_packed"].file
+        raise damaged(f"{file.name}: {name}.weight_scale is missing", "the packed weight means nothing without it")
+    return {name: _layout(name, _scheme_of(name, schemes), stored) for name in names}
 
 
-def _damaged(what: str, why: str) -> BadInput:
-    return BadInput(what, why, "download or quantize the model again")
+def _objection(grid: Grid, shape: Shape) -> str | None:
+    return None if grid.fits(shape[1]) else f"{shape[1]} columns are no whole number of groups of {grid.group}"
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    scales=SCALES,
+    mixed=True,
+    objection=_objection,
+    encode=encode,
+    decode=decode,
+    config=config,
+    layouts=layouts,
+)
+
+
+def _layout(name: str, scheme: dict[str, Any], stored: Mapping[str, TensorInfo]) -> Layout:
+    scale = stored[f"{name}.weight_scale"]
+    check_scale(scale)
+    group = None if scheme["strategy"] == "channel" else scheme["group_size"]
+    grid = Grid(scheme["num_bits"], group, scheme.get("symmetric", True), scale.dtype)
+    rows, columns = _shape(name, grid, stored)
+    if rows < 1 or columns < 1 or not grid.fits(columns):
+        raise damaged(f"{scale.file.name}: {name} claims to be [{rows}, {columns}]", f"{grid} cannot hold that")
+    groups = columns // grid.width(columns)
+    want: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (grid.scale_dtype, (rows, groups))}
+    if grid.bits == 8:
+        want["weight"] = (torch.int8, (rows, columns))
+        zeros = (torch.int8, (rows, groups))
+    else:
+        want["weight_packed"] = (torch.int32, (rows, -(-columns * grid.bits // 32)))
+        want["weight_shape"] = (torch.int64, (2,))
+        zeros = (torch.int32, (-(-rows * grid.bits // 32), groups))
+    if not grid.symmetric:
+        want["weight_zero_point"] = zeros
+    require(name, stored, want)
+    return Layout(grid, (rows, columns), tuple(want))
+
+
+def _shape(name: str, grid: Grid, stored: Mapping[str, TensorInfo]) -> Shape:
+    """[O, I] as the folder claims it; (0, 0) where the weight is no matrix."""
+    if grid.bits == 8:
+        info = stored.get(f"{name}.weight")
+        if info is None:
+            raise damaged(f"{name}.weight is missing", "the scheme in config.json needs it")
+        return (info.shape[0], info.shape[1]) if len(info.shape) == 2 else (0, 0)
+    require(name, stored, {"weight_shape": (torch.int64, (2,))})
+    rows, columns = (int(n) for n in read_tensor(stored[f"{name}.weight_shape"]))
+    return rows, columns
 
 
 def _schemes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config groups, checked for what infopt reads: weight-only integers."""
     groups = config.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise _damaged("config.json: quantization_config.config_groups", "it must be a table of groups")
+        raise damaged("config.json: quantization_config.config_groups", "it must be a table of groups")
     for name, group in groups.items():
         weights, targets = group.get("weights"), group.get("targets")
         if not (isinstance(weights, dict) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-            raise _damaged(f"config.json: config_groups.{name}", "it must have `weights` and a list of `targets`")
+            raise damaged(f"config.json: config_groups.{name}", "it must have `weights` and a list of `targets`")
         bits, size, strategy = weights.get("num_bits"), weights.get("group_size"), weights.get("strategy")
         integer = weights.get("type", "int") == "int" and strategy in ("group", "channel") and bits in BITS
         if not integer or group.get("input_activations"):
@@ -217,7 +185,7 @@ def _schemes(config: dict[str, Any]) -> list[dict[str, Any]]:
             )
         sized = strategy == "channel" or (type(size) is int and size > 0)
         if type(bits) is not int or not sized or type(weights.get("symmetric", True)) is not bool:
-            raise _damaged(
+            raise damaged(
                 f"config.json: config_groups.{name}.weights", "num_bits, group_size or symmetric is no such thing"
             )
     return list(groups.values())
@@ -230,12 +198,7 @@ def _scheme_of(name: str, schemes: list[dict[str, Any]]) -> dict[str, Any]:
     for scheme in schemes:
         if "Linear" in scheme.get("targets", ()):
             return scheme["weights"]
-    raise _damaged(f"config.json: no config group covers {name}", "its tensors are quantized, but nothing says how")
-
-
-def _conv1d_names(config: dict[str, Any], names: Iterable[str]) -> set[str]:
-    listed = (config.get("quantization_config") or {}).get(_TRANSPOSED)
-    return {name for name in names if isinstance(listed, list) and name in listed}
+    raise damaged(f"config.json: no config group covers {name}", "its tensors are quantized, but nothing says how")
 
 
 def _signed(codes: torch.Tensor) -> torch.Tensor:

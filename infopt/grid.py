@@ -10,7 +10,7 @@ Legend: O output channels, I input columns, G groups of columns, K columns of on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,12 +24,17 @@ _SMALLEST = 2.0**-14
 
 @dataclass(frozen=True)
 class Grid:
-    """An integer grid. `group` is the number of columns that share a scale; None means a whole output channel."""
+    """An integer grid. `group` is the number of columns that share a scale; None means a whole output channel.
+
+    scale_bits: significant bits of a scale, where a solver must use fewer than `scale_dtype` has; no part of what the
+    numbers mean, so two grids that differ in it are equal.
+    """
 
     bits: int = 4
     group: int | None = 64
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
+    scale_bits: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -56,7 +61,11 @@ class Grid:
 
     def stored(self, scale: torch.Tensor) -> torch.Tensor:
         """A positive fp32 scale rounded to what the file will hold, still fp32, never zero."""
-        return scale.clamp_min(_SMALLEST).to(self.scale_dtype).float()
+        scale = scale.clamp_min(_SMALLEST)
+        if self.scale_bits is not None:
+            fraction, exponent = torch.frexp(scale.float())
+            scale = torch.ldexp((fraction * 2**self.scale_bits).round(), exponent - self.scale_bits)
+        return scale.to(self.scale_dtype).float()
 
     def range(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero), both fp32 and ready to store, of a grid that spans low <= 0 <= high (same shapes).

@@ -69,6 +69,13 @@ def columns_of(module: nn.Module) -> int:
     return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
 
 
+def out_in(module: nn.Module) -> tuple[int, int]:
+    """[O, I] of a linear module, whichever way it keeps its weight."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
 def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid | None:
     block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
     key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput
 from infopt.exporters import compressed_tensors
 from infopt.exporters.folder import model_config, write_folder
+from infopt.exporters.formats import check
+from infopt.exporters.quantized import Format
 from infopt.header import read_json
 from infopt.memory import release
 from infopt.model import Skeleton
@@ -37,7 +39,7 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
-from infopt.recipes.plan import columns_of, plan
+from infopt.recipes.plan import Plan, columns_of, out_in, plan
 from infopt.topology import Space, Topology
 
 
@@ -71,10 +73,12 @@ class Run:
         output: OutputFolder,
         windows_NT: torch.Tensor | None,
         data_report: dict[str, Any] | None = None,
+        form: Format = compressed_tensors.FORMAT,
     ) -> None:
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
-        self.plan = plan(self.skeleton, recipe)
+        self.form = form
+        self.plan = self._held(plan(self.skeleton, recipe))
         self.data_report = data_report
         self._parts = output.work / "parts"
         self._stream = None
@@ -84,6 +88,13 @@ class Run:
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
+
+    def _held(self, made: Plan) -> Plan:
+        """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""
+        grids = {name: self.form.settled(grid) for name, grid in made.grids.items()}
+        modules = {name: self.skeleton.model.get_submodule(name) for name in grids}
+        check(self.form, {name: (grid, out_in(modules[name])) for name, grid in grids.items()})
+        return replace(made, grids=grids)
 
     @property
     def blocks(self) -> int:
@@ -128,6 +139,7 @@ class Run:
         parts = {
             "source": self.reader.fingerprint(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "format": self.form.name,
             "data": (self.data_report or {}).get("sha256"),
             "threads": torch.get_num_threads(),
             "versions": _versions(),
@@ -279,7 +291,7 @@ class Run:
         replaced: dict[str, dict[str, torch.Tensor]] = {}
         for op, q in work.results.items():
             key = self.skeleton.weight_key(i, op)
-            replaced[key] = compressed_tensors.encode(key.removesuffix(".weight"), q)
+            replaced[key] = self.form.encode(key.removesuffix(".weight"), q)
         for path in work.rewritten - _weights(work.results):
             key = self.skeleton.tensor_key(i, path)
             value = work.block.get_parameter(path).data.to(self.reader.tensors[key].dtype)
@@ -299,7 +311,7 @@ class Run:
         write_safetensors(outer, {key: self.reader.get(key) for key in keys})
         merge_shards([outer, *(self._part_path(i) for i in range(self.blocks))], stage)
         linear_kept = [n for n in self.plan.kept if isinstance(self.skeleton.model.get_submodule(n), nn.Linear)]
-        settings = compressed_tensors.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
+        settings = self.form.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
         write_folder(stage, self.reader, settings)
         (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         write_json(stage / "infopt.json", self._summary(reports))

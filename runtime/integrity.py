@@ -17,8 +17,8 @@ import torch
 from infopt import kernels
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import InfoptError, VerificationFailed
-from infopt.exporters.compressed_tensors import QuantizedReader
 from infopt.exporters.folder import open_model
+from infopt.exporters.quantized import QuantizedReader
 from infopt.header import read_json
 from infopt.kernels import reference
 from infopt.output import MANIFEST, check_manifest
@@ -162,7 +162,11 @@ def passed_through(reader: CheckpointReader, original: CheckpointReader) -> Chec
     """Tensors that no step rewrote must be the original's, bit for bit; none may be missing, none added."""
     report = read_json(reader.folder / REPORT) if (reader.folder / REPORT).exists() else {}
     rewritten, dropped = set(report.get("rewritten", ())), set(report.get("dropped", ()))
-    quantized = {f"{name}.weight" for name in getattr(reader, "quantized", {})}
+    quantized = (
+        {f"{name}.weight" for name in (*reader.quantized, *reader.ordered)}
+        if isinstance(reader, QuantizedReader)
+        else set()
+    )
     problems = [f"{name} is not in the original" for name in reader.tensors if name not in original.tensors]
     copied = 0
     for name in original.tensors:
