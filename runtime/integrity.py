@@ -109,6 +109,9 @@ def layers(reader: QuantizedReader, precisions: tuple[str, ...], on_layer: Calla
     ]
     checks.append(_digest_row(digests, changed, len(reader.quantized)))
     checks += [errors.row(precision) for precision, errors in used.items()]
+    if reader.ordered:
+        said = f"{len(reader.ordered)} layers are stored in activation order: read as dense weights, no kernel to check"
+        checks.append(Check("activation order", None, said))
     return checks
 
 
