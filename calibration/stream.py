@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from infopt.calibration.paused import Paused, stops
-from infopt.calibration.stats import InputStats
+from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
 from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
@@ -69,12 +69,14 @@ class Stream:
         return self._path(i).is_file() and _digest(self._path(i)) == digest
 
     @torch.no_grad()
-    def gather(self, i: int, block: nn.Module, topology: Topology) -> dict[str, InputStats]:
+    def gather(
+        self, i: int, block: nn.Module, topology: Topology, needs: frozenset[str] = EVERYTHING
+    ) -> dict[str, InputStats]:
         """The statistics of every space of block i, by the space's name, from one forward pass.
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
-        stats = {space.name: InputStats(space.width) for space in topology.spaces}
+        stats = {space.name: InputStats(space.width, needs) for space in topology.spaces}
         with _muted(block, topology), _observed(block, topology, stats):
             for _ in self._outputs(i, block):
                 pass
@@ -84,7 +86,12 @@ class Stream:
 
     @torch.no_grad()
     def walk(
-        self, i: int, block: nn.Module, topology: Topology, at_space: Callable[[Space, InputStats], None]
+        self,
+        i: int,
+        block: nn.Module,
+        topology: Topology,
+        at_space: Callable[[Space, InputStats], None],
+        needs: frozenset[str] = EVERYTHING,
     ) -> str | None:
         """Gather and advance in one forward pass: `at_space` gets a space's statistics before any reader of it has run,
         and may change the readers' weights. Returns the digest of block i+1's input; None after the last block.
@@ -107,7 +114,7 @@ class Stream:
             space, x = answer
             waiting[batch] = space.name
             if space.name not in stats:
-                stats[space.name] = InputStats(space.width, absolute=False)
+                stats[space.name] = InputStats(space.width, needs)
             stats[space.name].add(x)
             del answer, x
             size = forward.nbytes
@@ -131,7 +138,7 @@ class Stream:
                 forwards.append(Paused(run, self._read(file, len(windows)), self._folder))
                 go_on(batch, forwards[batch], output)
             for space in topology.spaces:
-                found = stats.pop(space.name, None) or InputStats(space.width, absolute=False)
+                found = stats.pop(space.name, None) or InputStats(space.width, needs)
                 self._check_finite(i, space, found)
                 at_space(space, found)
                 for batch in [batch for batch, name in waiting.items() if name == space.name]:

@@ -23,11 +23,17 @@ Text = str | None
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    method: Annotated[Text, typer.Option(help="rtn, awq, gptq or awq+gptq; see `infopt recipe list`.")] = None,
+    method: Annotated[
+        Text, typer.Option(help="rtn, awq, gptq, smoothquant, fp8, ...; see `infopt recipe list`.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file instead of --method.")] = None,
-    scheme: Annotated[Text, typer.Option(help="Short for --bits: W2A16, W3A16, W4A16 or W8A16.")] = None,
+    scheme: Annotated[
+        Text, typer.Option(help="W2A16 to W8A16, W8A8, W8A8_STATIC, W4A8, W4AFP8, FP8, FP8_DYNAMIC, FP8_BLOCK.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
-    group_size: Annotated[Text, typer.Option(help="32, 64, 128 or channel: columns that share a scale.")] = None,
+    group_size: Annotated[
+        Text, typer.Option(help="32, 64, 128, channel, tensor or block: what shares a scale.")
+    ] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
     act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: important columns first.")] = False,
     sequential: Annotated[
@@ -86,19 +92,16 @@ def quantize(
 def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe that the flags describe: a named method or a file, with what was said on the command line over it."""
     from infopt import recipes
-    from infopt.recipe import load_recipe, parse_recipe
+    from infopt.recipe import load_recipe, parse_recipe, with_scheme
 
     if (method is None) == (path is None):
         raise UsageError("give either --method or --recipe", "one of them says what to do", "--method awq")
     base = recipes.named(method) if method else load_recipe(path)  # type: ignore[arg-type]
     data = base.model_dump(mode="json")
     if scheme := flags["scheme"]:
-        known = {f"W{b}A16": b for b in (2, 3, 4, 8)}
-        if scheme.upper() not in known:
-            raise UsageError(f"--scheme {scheme}", f"known: {', '.join(known)}", "--scheme W4A16")
-        if flags["bits"] not in (None, known[scheme.upper()]):
+        data = with_scheme(data, scheme)
+        if flags["bits"] not in (None, data["weights"]["bits"]):
             raise UsageError(f"--scheme {scheme} with --bits {flags['bits']}", "they contradict each other", "drop one")
-        data["weights"]["bits"] = known[scheme.upper()]
     size = flags["group_size"]
     given = {**flags, "group_size": int(size) if size and size.isdigit() else size}
     for section, keys in {"weights": ("bits", "group_size", "symmetric"),
@@ -152,7 +155,7 @@ def _run(
         check_gguf(reader, tokenizer)
     steps = recipes.build_steps(recipe)
     windows, data_report = None, None
-    if any(step.needs_stats for step in steps):
+    if any(step.needs for step in steps):
         data = recipe.calibration
         spec = DataSpec(data.dataset, data.num_samples, data.seqlen, data.seed, data.split, data.column)
         vocab = reader.config.get("vocab_size")

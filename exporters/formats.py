@@ -41,12 +41,20 @@ def for_settings(settings: Any) -> Format | None:
 def objection(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None:
     """Why the format cannot hold these ops, naming the first that it cannot; None if it can."""
     for name, (grid, shape) in ops.items():
-        if why := form.objection(grid, shape):
+        if why := (form.weight_only and _more_than_weights(grid)) or form.objection(grid, shape):
             return f"{name} [{shape[0]}, {shape[1]}]: {why}"
     grids = {form.settled(grid) for grid, _ in ops.values()}
     if len(grids) > 1 and not form.mixed:
         return f"all layers must be quantized alike, and these have {len(grids)} different grids"
     return None
+
+
+def _more_than_weights(grid: Grid) -> str | None:
+    if grid.kind == "float":
+        return "its weights are floating numbers of 8 bits"
+    if grid.inputs:
+        return "its inputs are rounded"
+    return None if grid.rows == 1 else f"its scales are per {grid.strategy}"
 
 
 def check(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> None:

@@ -98,6 +98,7 @@ def _make(name: str, q8: bool) -> Format:
     return replace(
         compressed_tensors.FORMAT,
         name=name,
+        weight_only=True,
         scales=(torch.float16,),
         scale_bits=None if q8 else _SCALE_BITS,
         objection=partial(_objection, q8),

@@ -46,13 +46,15 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """What can be asked of a format before any work. name: as `--format` spells it. scales: dtypes that a scale may have, the
-    preferred one first. mixed: whether ops may have different grids. objection: why an op of this grid and shape cannot be
+    preferred one first. mixed: whether ops may have different grids. weight_only: it holds integer weights in groups or
+    channels, and nothing about a layer's inputs. objection: why an op of this grid and shape cannot be
     held, None if it can; `exact`: the same of a weight's own numbers, for a format that cannot hold them all, and
     `scale_bits`: significant bits of scales that it can always hold beside zero points."""
 
     name: str
     scales: tuple[torch.dtype, ...]
     mixed: bool
+    weight_only: bool = True
     objection: Callable[[Grid, Shape], str | None]
     exact: Callable[[QTensor], str | None] | None = None
     scale_bits: int | None = None

@@ -82,7 +82,7 @@ class Run:
         self.data_report = data_report
         self._parts = output.work / "parts"
         self._stream = None
-        if any(step.needs_stats for step in steps):
+        if any(step.needs for step in steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
@@ -205,7 +205,10 @@ class Run:
             stats={},
             stored={f"{op.name}.weight": self._stored_dtype(i, op.name) for op in topology.ops if op.kind == "norm"},
         )
-        layers, hidden = self._quantize(i, work)
+        try:
+            layers, hidden = self._quantize(i, work)
+        finally:
+            work.close()
         missed = [op for op in self._planned(i) if op not in work.results]
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
@@ -223,7 +226,7 @@ class Run:
         """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input)."""
         rewriting = [step for step in self.steps if step.rewrites]
         rounding = [step for step in self.steps if not step.rewrites]
-        by_space = self.recipe.sequential == "space" and any(step.needs_stats for step in rounding)
+        by_space = self.recipe.sequential == "space" and any(step.needs for step in rounding)
         layers: dict[str, dict[str, Any]] = {}
 
         def round_space(space: Space, found: InputStats | None = None) -> None:
@@ -235,12 +238,13 @@ class Run:
             work.forget(space)  # a space is done when its readers are
 
         if self._stream and (rewriting or not by_space):
-            work.stats.update(self._stream.gather(i, work.block, work.topology))
+            needs = _needs(rewriting if by_space else self.steps)
+            work.stats.update(self._stream.gather(i, work.block, work.topology, needs))
         for step in rewriting:
             for space in work.topology.spaces:
                 step(work, space)
         if self._stream and by_space:
-            return layers, self._stream.walk(i, work.block, work.topology, round_space)
+            return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding))
         for space in work.topology.spaces:
             round_space(space)
         last = i + 1 == self.blocks
@@ -274,17 +278,18 @@ class Run:
             q = work.results[op.name]
             w_OI, q_OI = work.weight(op), q.dequantize()
             error = None
-            if space.name in work.stats:
+            if space.name in work.stats and "gram" in work.stats[space.name].needs:
                 gram = work.gram(space)
                 error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
             layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
+                "type": q.grid.kind,
                 "bits": q.grid.bits,
-                "group_size": q.grid.group or "channel",
+                "group_size": q.grid.group if q.grid.strategy == "group" else q.grid.strategy,
                 "symmetric": q.grid.symmetric,
                 "error": error,
                 "digest": q.digest(),
             }
-            w_OI.copy_(q_OI)
+            work.install(op)
         return layers
 
     def _write_part(self, i: int, work: BlockWork) -> None:
@@ -335,6 +340,10 @@ class Run:
             "rewritten": [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
             "kept": self.plan.kept,
         }
+
+
+def _needs(steps: list[Step]) -> frozenset[str]:
+    return frozenset().union(*(step.needs for step in steps))
 
 
 def _check_finite(block: nn.Module, skeleton: Skeleton, i: int) -> None:

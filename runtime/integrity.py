@@ -109,6 +109,9 @@ def layers(reader: QuantizedReader, precisions: tuple[str, ...], on_layer: Calla
     ]
     checks.append(_digest_row(digests, changed, len(reader.quantized)))
     checks += [errors.row(precision) for precision, errors in used.items()]
+    if reader.ordered:
+        said = f"{len(reader.ordered)} layers are stored in activation order: read as dense weights, no kernel to check"
+        checks.append(Check("activation order", None, said))
     return checks
 
 
@@ -118,6 +121,10 @@ def _number_problems(q: QTensor) -> Iterator[str]:
         yield "weight_scale has values that are not finite"
     elif not bool((scale > 0).all()):
         yield "weight_scale has values that are not positive"
+    if q.grid.kind == "float":
+        if not bool(torch.isfinite(q.grid.unpack(q.codes)).all()):
+            yield "a weight is NaN"
+        return
     if int(q.zero.max()) > q.grid.levels:
         yield f"a zero point is above {q.grid.levels}"
     if int(q.codes.max()) > q.grid.levels:
