@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import torch
 
-_PANEL = (
-    384  # columns of one panel of the Gram matrix: wide enough for full speed, narrow enough to skip near half of it
-)
+_PANEL = 256  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
 
 
 class InputStats:
     """Sums over the calibration inputs x_TC of one space, all fp32.
 
-    gram: X^T X [C, C]. mean_abs: mean |x| per channel [C]. tokens: rows seen.
+    gram: X^T X [C, C]. mean_abs: mean |x| per channel [C], unless it was said that nobody needs it. tokens: rows seen.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, absolute: bool = True) -> None:
         self._upper_CC = torch.zeros(width, width)
-        self._abs_C = torch.zeros(width)
+        self._abs_C = torch.zeros(width) if absolute else None
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -33,13 +31,19 @@ class InputStats:
         x_TC = x.reshape(-1, x.shape[-1]).float()
         for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
             self._upper_CC[start : start + _PANEL, start:].addmm_(x_TC[:, start : start + _PANEL].T, x_TC[:, start:])
-        self._abs_C += x_TC.abs().sum(0)
+        if self._abs_C is not None:
+            self._abs_C += x_TC.abs().sum(0)
         self.tokens += x_TC.shape[0]
 
     def merge(self, other: InputStats) -> None:
         self._upper_CC += other._upper_CC
-        self._abs_C += other._abs_C
+        if self._abs_C is not None and other._abs_C is not None:
+            self._abs_C += other._abs_C
         self.tokens += other.tokens
+
+    def finite(self) -> bool:
+        """Whether every input was a number, and small enough to be squared."""
+        return bool(torch.isfinite(self._upper_CC.diagonal()).all())
 
     @property
     def gram(self) -> torch.Tensor:
@@ -48,4 +52,6 @@ class InputStats:
 
     @property
     def mean_abs(self) -> torch.Tensor:
+        if self._abs_C is None:
+            raise ValueError("mean |x| was not gathered")
         return self._abs_C / max(self.tokens, 1)

@@ -30,6 +30,10 @@ def quantize(
     group_size: Annotated[Text, typer.Option(help="32, 64, 128 or channel: columns that share a scale.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
     act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: important columns first.")] = False,
+    sequential: Annotated[
+        Text,
+        typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[
         Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")
@@ -53,7 +57,9 @@ def quantize(
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative increase of perplexity.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
-    max_ram: Annotated[Text, typer.Option(help="Refuse to start if the run needs more, such as 8GB.")] = None,
+    max_ram: Annotated[
+        Text, typer.Option(help="Refuse to start if the run needs more; use what is left. Such as 8GB.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
@@ -63,6 +69,7 @@ def quantize(
     """
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
+        "sequential": sequential,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
@@ -97,7 +104,7 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
     for section, keys in {"weights": ("bits", "group_size", "symmetric"),
                           "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
         data[section].update({key: given[key] for key in keys if given[key] is not None})
-    data.update({key: flags[key] for key in ("ignore", "group_fallback") if flags[key]})
+    data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
     if flags["act_order"]:
         rows = [row for row in data["steps"] if "gptq" in row]
         if not rows:
@@ -127,6 +134,7 @@ def _run(
     from infopt.exporters.convert import replace_by_gguf
     from infopt.exporters.formats import GGUF_FORMATS, named
     from infopt.exporters.gguf_export import check_gguf
+    from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run
 
@@ -153,12 +161,13 @@ def _run(
         )
         if len(windows) < data.num_samples:
             _note(f"{data.dataset}: {len(windows)} calibration windows; {data.num_samples} were asked for")
+        release()  # the tokenizer's tables
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Run(reader, recipe, steps, out, windows, data_report, form)
-        _check_memory(run, max_ram)
+        run.hold(_spare_memory(run, max_ram))
         if dry_run:
             return _plan_report(run)
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
@@ -193,12 +202,13 @@ def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | No
     return verdict
 
 
-def _check_memory(run: Run, limit: str | None) -> None:
+def _spare_memory(run: Run, limit: str | None) -> int:
+    """The bytes that --max-ram leaves for activations; OutOfResources if the run cannot start at all."""
     from infopt.errors import OutOfResources
     from infopt.recipes.run import memory_needed
 
     if limit is None:
-        return
+        return 0
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     digits = limit.rstrip("KMGiBkmgb ")
     unit = limit[len(digits) :].strip().upper()
@@ -213,6 +223,7 @@ def _check_memory(run: Run, limit: str | None) -> None:
             f"--max-ram allows {most / 1e9:.2f} GB; one block, its statistics and one batch must fit",
             "a shorter --seqlen or --method rtn needs less",
         )
+    return int(most - need)
 
 
 def _plan_report(run: Run) -> dict[str, Any]:

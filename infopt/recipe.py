@@ -47,6 +47,8 @@ class CalibrationData(_Strict):
 class Recipe(_Strict):
     """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths.
 
+    sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
+    quantized blocks before its own (`block`).
     group_fallback: what happens to a layer whose columns the group size does not divide: `error`, `adjust` (the largest
     group that divides, else the channel) or `skip` (left unquantized, in the report).
     """
@@ -54,6 +56,7 @@ class Recipe(_Strict):
     name: str = "custom"
     description: str = ""
     steps: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1, strict=False)
+    sequential: Literal["space", "block"] = "block"
     weights: WeightScheme = WeightScheme()
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"

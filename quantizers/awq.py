@@ -76,19 +76,19 @@ class AWQScale:
     """Step `awq_scale`: search and fold one scale per space, for spaces whose readers are to be quantized."""
 
     needs_stats = True
+    rewrites = True
 
-    def __call__(self, work: BlockWork) -> None:
-        for space in work.topology.spaces:
-            weights = [(work.weight(op), grid) for op, grid in work.targets(space)]
-            if not weights:
-                continue
-            if reason := obstacle(work, space, len(weights)):
-                work.notes.append(f"{space.name}: no AWQ scale ({reason})")
-                continue
-            mean_abs_C = shared(work.mean_abs(space), space)
-            alpha, least, plain = search(weights, work.gram(space), mean_abs_C)
-            if least < plain:
-                work.scale_space(space, scale_for(mean_abs_C, alpha))
+    def __call__(self, work: BlockWork, space: Space) -> None:
+        weights = [(work.weight(op), grid) for op, grid in work.targets(space)]
+        if not weights:
+            return
+        if reason := obstacle(work, space, len(weights)):
+            work.notes.append(f"{space.name}: no AWQ scale ({reason})")
+            return
+        mean_abs_C = shared(work.mean_abs(space), space)
+        alpha, least, plain = search(weights, work.gram(space), mean_abs_C)
+        if least < plain:
+            work.scale_space(space, scale_for(mean_abs_C, alpha))
 
 
 def obstacle(work: BlockWork, space: Space, targets: int) -> str:

@@ -29,6 +29,7 @@ from infopt.grid import Grid
 from infopt.qtensor import QTensor
 from infopt.quantizers.rounding import choose_range
 from infopt.quantizers.work import BlockWork
+from infopt.topology import Op, Space
 
 _LEAF = 8  # columns solved one by one: below this, the cost of a call exceeds that of its arithmetic
 _CHUNK = 128  # columns per update of the rest, where a group is a whole channel
@@ -46,14 +47,29 @@ def inverse_factor(h_CC: torch.Tensor, damp: float) -> tuple[torch.Tensor, float
         damped_CC = base_CC + damp * mean * torch.eye(len(h_CC))
         lower_CC, info = torch.linalg.cholesky_ex(damped_CC.flip(0, 1))
         if info == 0 and bool(torch.isfinite(lower_CC).all()):
-            inverse_CC = torch.linalg.solve_triangular(lower_CC, torch.eye(len(h_CC)), upper=False)
-            return inverse_CC.flip(0, 1).contiguous(), damp
+            return _inverse_lower(lower_CC).flip(0, 1).contiguous(), damp
         damp = max(damp * 10, 1e-4)
     raise Unsupported(
         "The calibration inputs of this space are not finite.",
         "No damping makes their Hessian positive definite.",
         "Check the model with `infopt verify MODEL`, or quantize it with --method rtn.",
     )
+
+
+def _inverse_lower(lower_CC: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix by halves: a third of the work of solving for the identity.
+
+    [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]
+    """
+    count = len(lower_CC)
+    if count <= 96:
+        return torch.linalg.solve_triangular(lower_CC, torch.eye(count), upper=False)
+    head, tail = slice(0, count // 2), slice(count // 2, count)
+    inverse_CC = torch.zeros_like(lower_CC)
+    inverse_CC[head, head] = _inverse_lower(lower_CC[head, head])
+    inverse_CC[tail, tail] = _inverse_lower(lower_CC[tail, tail])
+    inverse_CC[tail, head] = -(inverse_CC[tail, tail] @ (lower_CC[tail, head] @ inverse_CC[head, head]))
+    return inverse_CC
 
 
 def solve(
@@ -127,18 +143,18 @@ class GPTQ:
     damp: float = 0.01
     act_order: bool = False
     needs_stats = True
+    rewrites = False
 
-    def __call__(self, work: BlockWork) -> None:
-        for space in work.topology.spaces:
-            by_grid: dict[Grid, list] = {}
-            for op, grid in work.targets(space):
-                by_grid.setdefault(grid, []).append(op)
-            for grid, ops in by_grid.items():
-                w_OI = torch.cat([work.weight(op) for op in ops])
-                q, damp = solve(w_OI, work.gram(space), grid, self.damp, self.act_order)
-                if damp > self.damp:
-                    work.notes.append(f"{space.name}: singular Hessian, damping raised from {self.damp:g} to {damp:g}")
-                sizes = [op.out_features for op in ops]
-                parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
-                for op, (codes, scale, zero) in zip(ops, parts, strict=True):
-                    work.finish(op, QTensor(codes, scale, zero, grid))
+    def __call__(self, work: BlockWork, space: Space) -> None:
+        by_grid: dict[Grid, list[Op]] = {}
+        for op, grid in work.targets(space):
+            by_grid.setdefault(grid, []).append(op)
+        for grid, ops in by_grid.items():
+            w_OI = torch.cat([work.weight(op) for op in ops])
+            q, damp = solve(w_OI, work.gram(space), grid, self.damp, self.act_order)
+            if damp > self.damp:
+                work.notes.append(f"{space.name}: singular Hessian, damping raised from {self.damp:g} to {damp:g}")
+            sizes = [op.out_features for op in ops]
+            parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero.split(sizes), strict=True)
+            for op, (codes, scale, zero) in zip(ops, parts, strict=True):
+                work.finish(op, QTensor(codes, scale, zero, grid))

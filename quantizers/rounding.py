@@ -21,6 +21,7 @@ import torch
 from infopt.grid import Grid
 from infopt.qtensor import QTensor
 from infopt.quantizers.work import BlockWork
+from infopt.topology import Space
 
 _RATIOS = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 
@@ -82,13 +83,13 @@ class Round:
 
     search: bool = True
     needs_stats = False
+    rewrites = False
 
-    def __call__(self, work: BlockWork) -> None:
-        for space in work.topology.spaces:
-            for op, grid in work.targets(space):
-                w_OI = work.weight(op)
-                weight = None
-                if self.search and space.name in work.stats:
-                    weight = group_forms(work.gram(space), grid.width(w_OI.shape[1]))
-                ratios = _RATIOS if self.search else _RATIOS[:1]
-                work.finish(op, round_nearest(w_OI, grid, *choose_range(w_OI, grid, weight, ratios)))
+    def __call__(self, work: BlockWork, space: Space) -> None:
+        for op, grid in work.targets(space):
+            w_OI = work.weight(op)
+            weight = None
+            if self.search and space.name in work.stats:
+                weight = group_forms(work.gram(space), grid.width(w_OI.shape[1]))
+            ratios = _RATIOS if self.search else _RATIOS[:1]
+            work.finish(op, round_nearest(w_OI, grid, *choose_range(w_OI, grid, weight, ratios)))

@@ -1,15 +1,15 @@
 """One block on the workbench: what every step of a recipe reads and changes.
 
-A step is a callable on a `BlockWork`. It may scale weights in place (recording what it rewrote) and it may finish an op
-by giving its QTensor. The Gram matrices follow the scales analytically: when the inputs of a space are divided by s,
-H becomes H / (s s^T), so no step has to run the block again.
+A step is a callable on a `BlockWork` and one of its spaces. It may scale weights in place (recording what it rewrote) and
+it may finish an op by giving its QTensor. The Gram matrices follow the scales analytically: when the inputs of a space
+are divided by s, H becomes H / (s s^T), so no step has to run the block again.
 
 Legend: O output channels, I input columns, C channels of a space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,18 +23,23 @@ from infopt.topology import Fold, Op, Space, Topology
 
 
 class Step(Protocol):
-    """A row of a recipe. needs_stats: whether the block's calibration inputs must have been gathered."""
+    """A row of a recipe, called for one space after another. needs_stats: it reads the inputs' statistics. rewrites: it
+    changes what other spaces hold, so it works on the whole block before any step that rounds."""
 
     @property
     def needs_stats(self) -> bool: ...
 
-    def __call__(self, work: BlockWork) -> None: ...
+    @property
+    def rewrites(self) -> bool: ...
+
+    def __call__(self, work: BlockWork, space: Space) -> None: ...
 
 
 @dataclass
 class BlockWork:
     """block: the module with fp32 parameters. grids: the numeric type of every op to quantize; absent ops are left alone.
-    stats: by space name, empty for methods without data. stored: the storage dtype of each parameter, by its path in
+    stats: by space name; empty for methods without data, and filled as the spaces are reached when a block is quantized
+    space by space. stored: the storage dtype of each parameter, by its path in
     the block. Filled by steps: `results` (op -> QTensor), `rewritten` (parameter paths that no longer equal the source)
     and `notes` (what the user should know).
     """
@@ -42,7 +47,7 @@ class BlockWork:
     block: nn.Module
     topology: Topology
     grids: Mapping[str, Grid]
-    stats: Mapping[str, InputStats]
+    stats: MutableMapping[str, InputStats]
     stored: Mapping[str, torch.dtype]
     results: dict[str, QTensor] = field(default_factory=dict)
     rewritten: set[str] = field(default_factory=set)
@@ -75,6 +80,17 @@ class BlockWork:
         """Mean |x| [C] of the space as it is now."""
         mean = self.stats[space.name].mean_abs
         return mean / self._scales[space.name] if space.name in self._scales else mean
+
+    def observe(self, space: Space, stats: InputStats) -> None:
+        """Take the statistics of a space's inputs as they are now, with every scale in them."""
+        self.forget(space)
+        self.stats[space.name] = stats
+
+    def forget(self, space: Space) -> None:
+        """Give the memory of the space's statistics back."""
+        self.stats.pop(space.name, None)
+        self._grams.pop(space.name, None)
+        self._scales.pop(space.name, None)
 
     def scale_space(self, space: Space, scale_C: torch.Tensor) -> None:
         """Divide the space's channels by s and multiply its readers' columns: the block's function stays.

@@ -23,6 +23,7 @@ from torch import nn
 
 import infopt
 from infopt.calibration.discover import discover, structure_key
+from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput
@@ -39,7 +40,7 @@ from infopt.quantizers.awq import output_error
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
 from infopt.recipes.plan import Plan, columns_of, out_in, plan
-from infopt.topology import Topology
+from infopt.topology import Space, Topology
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class Run:
     @property
     def batch_tokens(self) -> int:
         return self._stream.batch_tokens if self._stream else 0
+
+    def hold(self, nbytes: int) -> None:
+        """Let so many bytes of activations stay in memory while the passes through a block are stopped."""
+        if self._stream:
+            self._stream.hold = nbytes
 
     def __call__(self, resume: bool, on_block: Callable[[BlockReport, bool], None]) -> list[BlockReport]:
         """Quantize every block, then assemble the folder in `output.stage` with its manifest (not yet committed).
@@ -196,17 +202,13 @@ class Run:
                 for op in topology.linears()
                 if (p := f"{name}.{op.name}") in self.plan.grids
             },
-            stats=self._stream.gather(i, block, topology) if self._stream else {},
+            stats={},
             stored={f"{op.name}.weight": self._stored_dtype(i, op.name) for op in topology.ops if op.kind == "norm"},
         )
-        for step in self.steps:
-            step(work)
+        layers, hidden = self._quantize(i, work)
         missed = [op for op in self._planned(i) if op not in work.results]
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
-        layers = self._install(i, work)
-        last = i + 1 == self.blocks
-        hidden = self._stream.advance(i, block) if self._stream and not last else None
         self._write_part(i, work)
         report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), work.notes, hidden,
                              _file_digest(self._part_path(i)))  # fmt: skip
@@ -216,6 +218,33 @@ class Run:
         self.skeleton.free_block(i)
         release()
         return report
+
+    def _quantize(self, i: int, work: BlockWork) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input)."""
+        rewriting = [step for step in self.steps if step.rewrites]
+        rounding = [step for step in self.steps if not step.rewrites]
+        by_space = self.recipe.sequential == "space" and any(step.needs_stats for step in rounding)
+        layers: dict[str, dict[str, Any]] = {}
+
+        def round_space(space: Space, found: InputStats | None = None) -> None:
+            if found is not None:
+                work.observe(space, found)
+            for step in rounding:
+                step(work, space)
+            layers.update(self._install(i, work, space))
+            work.forget(space)  # a space is done when its readers are
+
+        if self._stream and (rewriting or not by_space):
+            work.stats.update(self._stream.gather(i, work.block, work.topology))
+        for step in rewriting:
+            for space in work.topology.spaces:
+                step(work, space)
+        if self._stream and by_space:
+            return layers, self._stream.walk(i, work.block, work.topology, round_space)
+        for space in work.topology.spaces:
+            round_space(space)
+        last = i + 1 == self.blocks
+        return layers, self._stream.advance(i, work.block) if self._stream and not last else None
 
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
@@ -236,27 +265,26 @@ class Run:
     def _stored_dtype(self, i: int, op_name: str) -> torch.dtype:
         return self.reader.tensors[self.skeleton.weight_key(i, op_name)].dtype
 
-    def _install(self, i: int, work: BlockWork) -> dict[str, dict[str, Any]]:
-        """Put the dequantized weights into the block; what the reports and `verify` need to know of each layer."""
+    def _install(self, i: int, work: BlockWork, space: Space) -> dict[str, dict[str, Any]]:
+        """Put the dequantized weights of a space's readers into the block; what the reports and `verify` need to know."""
         layers = {}
-        for space in work.topology.spaces:
-            for op in work.topology.readers(space):
-                if op.name not in work.results:
-                    continue
-                q = work.results[op.name]
-                w_OI, q_OI = work.weight(op), q.dequantize()
-                error = None
-                if space.name in work.stats:
-                    gram = work.gram(space)
-                    error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
-                layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
-                    "bits": q.grid.bits,
-                    "group_size": q.grid.group or "channel",
-                    "symmetric": q.grid.symmetric,
-                    "error": error,
-                    "digest": q.digest(),
-                }
-                w_OI.copy_(q_OI)
+        for op in work.topology.readers(space):
+            if op.name not in work.results:
+                continue
+            q = work.results[op.name]
+            w_OI, q_OI = work.weight(op), q.dequantize()
+            error = None
+            if space.name in work.stats:
+                gram = work.gram(space)
+                error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
+            layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
+                "bits": q.grid.bits,
+                "group_size": q.grid.group or "channel",
+                "symmetric": q.grid.symmetric,
+                "error": error,
+                "digest": q.digest(),
+            }
+            w_OI.copy_(q_OI)
         return layers
 
     def _write_part(self, i: int, work: BlockWork) -> None:
