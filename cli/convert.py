@@ -12,6 +12,7 @@ import typer
 from infopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from infopt.exporters.carry import Loss
     from infopt.exporters.convert import Converted
 
 
@@ -101,7 +102,7 @@ def _from_folder(
     if form != PLAIN and form not in FORMATS | GGUF_FORMATS:
         known = ", ".join((*FORMATS, *GGUF_FORMATS, PLAIN))
         raise UsageError(f"--format {form}", f"known: {known}", "--format compressed-tensors")
-    loss = "requantize" if losses[0] else "dequantize" if losses[1] else None
+    loss: Loss | None = "requantize" if losses[0] else "dequantize" if losses[1] else None
     stored = getattr(torch, dtype.value) if dtype else None
     overwrite, tokenizer = switches
     if form in GGUF_FORMATS:

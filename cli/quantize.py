@@ -190,7 +190,7 @@ def _run(
     }
     if verdict:
         verdict.raise_for_gates()
-    else:
+    elif form.name not in GGUF_FORMATS:
         _note(f"not verified: `infopt verify {output} --reference {model}`")
     return report
 

@@ -174,7 +174,8 @@ def _write_weights(
     """Write the shards; gives the digest of each layer that is still codes, and the number of copied tensors."""
     claimed = _digests(reader.folder)
     digests: dict[str, str] = {}
-    parts, copied = [], 0
+    parts: list[Path] = []
+    copied = 0
     for keys in _portions(skeleton):
         tensors: dict[str, torch.Tensor] = {}
         for key in keys:
@@ -249,7 +250,7 @@ def _write_rest(
     if form is not None and plan.grids:
         grids = {plan.modules[name]: grid for name, grid in plan.grids.items()}
         settings = form.config(grids, plan.kept, reader.transposed & plan.grids.keys())
-    changed = {}
+    changed: dict[str, Any] = {}
     if dtype is not None and plan.dequantized:
         changed = {key: say(dtype) for key in ("dtype", "torch_dtype") if key in reader.config} or {"dtype": say(dtype)}
     write_folder(stage, reader, settings, changed)
@@ -310,8 +311,9 @@ def _digests(folder: Path) -> dict[str, str]:
 def _prove(stage: Path, digests: dict[str, str]) -> None:
     """Read the folder back: every layer must decode to the codes, scales and zero points that were meant."""
     written = open_model(stage)
-    names = written.quantized if isinstance(written, QuantizedReader) else {}
-    wrong = sorted(names.keys() ^ digests.keys())
-    wrong += [name for name in names if name in digests and written.qtensor(name).digest() != digests[name]]  # type: ignore[union-attr]
+    seen = {}
+    if isinstance(written, QuantizedReader):
+        seen = {name: written.qtensor(name).digest() for name in written.quantized}
+    wrong = sorted(name for name in seen.keys() | digests.keys() if seen.get(name) != digests.get(name))
     if wrong:
         raise VerificationFailed(f"{wrong[0]} was not written as meant", f"{len(wrong)} such layers", "report this bug")

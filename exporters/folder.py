@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from infopt.checkpoint import CheckpointReader
+from infopt.checkpoint import CheckpointReader, contained
 from infopt.errors import Unsupported
 from infopt.exporters.formats import for_settings
 from infopt.exporters.quantized import QuantizedReader
-from infopt.header import show
+from infopt.header import read_json, show
 
 
 def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
     """The reader for a folder, by its config's quantization_config; Unsupported for formats that infopt does not read."""
     reader = CheckpointReader(folder)
-    settings = reader.config.get("quantization_config")
+    settings = reader.config.get("quantization_config") or _old_settings(reader)
     if not settings:
         return reader
     form = for_settings(settings)
@@ -29,7 +29,17 @@ def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
             "infopt reads compressed-tensors (weight-only integers), gptq, awq and unquantized folders",
             "give the original model",
         )
-    return QuantizedReader(folder, form)
+    return QuantizedReader(folder, form, settings)
+
+
+def _old_settings(reader: CheckpointReader) -> Any:
+    """What AutoGPTQ and AutoAWQ wrote beside config.json before transformers gave them a place in it."""
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        path = contained(reader.folder, name)
+        if any(key.endswith(".qweight") for key in reader.tensors) and path.exists():
+            settings = read_json(path)
+            return {"quant_method": method, **settings} if isinstance(settings, dict) else settings
+    return None
 
 
 def model_config(config: dict[str, Any]) -> dict[str, Any]:

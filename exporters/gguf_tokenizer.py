@@ -78,7 +78,7 @@ def _tokens(tokenizer: Any, rules: dict[str, Any], vocab_size: int, folder: Path
         raise BadInput(what, f"the embedding has {vocab_size} rows", "use the tokenizer of this model")
     added = {entry["id"]: entry["special"] for entry in rules.get("added_tokens", [])}
     tokens = [by_id.get(i, f"[UNUSED{i}]") for i in range(vocab_size)]
-    types = []
+    types: list[int] = []
     for i in range(vocab_size):
         if i not in by_id:
             types.append(TokenType.UNUSED)

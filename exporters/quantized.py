@@ -81,18 +81,17 @@ class QuantizedReader(CheckpointReader):
     `tensors` lists the logical tensors ("X.weight", in the scales' dtype); `get` dequantizes; `qtensor` gives the codes.
     `quantized` maps each quantized op's path to its grid; `ordered` does so for ops that are stored in activation order
     and can only be read dense. `stored` are the file's own tensors. Raises BadInput for tensors that are missing or of a
-    wrong shape, Unsupported for schemes that infopt does not read.
+    wrong shape, Unsupported for schemes that infopt does not read. settings: the folder's quantization_config.
     """
 
-    def __init__(self, folder: Path, form: Format) -> None:
+    def __init__(self, folder: Path, form: Format, settings: dict[str, Any]) -> None:
         super().__init__(folder)
-        settings = self.config.get("quantization_config")
         self.form = form
         self.stored = self.tensors
-        self._layouts = form.layouts(settings if isinstance(settings, dict) else {}, self.stored)
+        self._layouts = form.layouts(settings, self.stored)
         self.quantized = {name: lay.grid for name, lay in self._layouts.items() if lay.order is None}
         self.ordered = {name: lay.grid for name, lay in self._layouts.items() if lay.order is not None}
-        listed = (settings or {}).get(TRANSPOSED)
+        listed = settings.get(TRANSPOSED)
         self.transposed = {name for name in self._layouts if isinstance(listed, list) and name in listed}
         hidden = {f"{name}.{part}" for name, lay in self._layouts.items() for part in (*lay.parts, "weight")}
         logical = {key: info for key, info in self.stored.items() if key not in hidden}

@@ -168,6 +168,21 @@ def test_gptq_in_activation_order_is_read_dense(home: Path, tmp_path: Path) -> N
     assert result.code == 0 and "activation order" in result.err, result.err
 
 
+@pytest.mark.parametrize(("name", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_settings_beside_the_config_as_in_old_folders(home: Path, tmp_path: Path, name: str, file: str) -> None:
+    folder = shutil.copytree(home / name, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / file).write_text(json.dumps(settings))
+    assert open_model(folder).qtensor(Q).digest() == open_model(home / name).qtensor(Q).digest()
+    for text_of_file, error in (("[4]", Unsupported), ("{", BadInput), ('{"bits": 5, "w_bit": 5}', Unsupported)):
+        (folder / file).write_text(text_of_file)
+        with pytest.raises(error):
+            open_model(folder)
+
+
 def test_mixed_grids_and_ignored_layers(tmp_path: Path) -> None:
     """Groups that do not fit some layers: `dynamic` in gptq, a refusal before any work in awq."""
     model = tiny("llama", tmp_path / "model", intermediate_size=160, dtype=torch.bfloat16)
