@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -28,11 +28,13 @@ from torch import nn
 from infopt.calibration.paused import Paused, stops
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
+from infopt.kv_cache import WatchingCache, with_cache
 from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
 from infopt.topology import Space, Topology
 
 _BATCH_TOKENS = 1024
+_WATCHED = 8  # batches whose keys and values decide the scales of the cache
 _FREED = 32 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
@@ -45,6 +47,7 @@ class Stream:
     def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path) -> None:
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
         self.hold = 0
+        self.cache: Any = None  # given to a block in place of no key-value cache
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -83,6 +86,17 @@ class Stream:
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
         return stats
+
+    @torch.no_grad()
+    def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
+        """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows."""
+        self.cache = WatchingCache()
+        outputs = self._outputs(i, block)
+        for _ in range(min(_WATCHED, len(self._batches))):
+            next(outputs)
+        outputs.close()
+        seen, self.cache = self.cache.seen, None
+        return seen
 
     @torch.no_grad()
     def walk(
@@ -134,7 +148,7 @@ class Stream:
         ):
             forwards = []
             for batch, windows in enumerate(self._batches):
-                run = partial(self._call(i, windows).run, block)
+                run = partial(self._call(i, block, windows).run, block)
                 forwards.append(Paused(run, self._read(file, len(windows)), self._folder))
                 go_on(batch, forwards[batch], output)
             for space in topology.spaces:
@@ -166,13 +180,14 @@ class Stream:
     def _outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         with self._path(i).open("rb") as file:
             for windows in self._batches:
-                yield self._call(i, windows).run(block, self._read(file, len(windows)))
+                yield self._call(i, block, windows).run(block, self._read(file, len(windows)))
 
-    def _call(self, i: int, windows: range) -> BlockCall:
-        return self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+    def _call(self, i: int, block: nn.Module, windows: range) -> BlockCall:
+        call = self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+        return with_cache(call, block, self.cache) if self.cache else call
 
     def _read(self, file: BufferedReader, windows: int) -> torch.Tensor:
-        hidden_BTC = torch.empty(windows, self._windows_NT.shape[1], self._width)
+        hidden_BTC = torch.empty(windows, self._windows_NT.shape[1], self._skeleton.width)
         file.readinto(memory_of(hidden_BTC))
         return hidden_BTC
 
@@ -193,12 +208,8 @@ class Stream:
             )
 
     @property
-    def _width(self) -> int:
-        return self._skeleton.config.get_text_config().hidden_size
-
-    @property
     def _window_bytes(self) -> int:
-        return 4 * self._windows_NT.shape[1] * self._width
+        return 4 * self._windows_NT.shape[1] * self._skeleton.width
 
     def _path(self, i: int) -> Path:
         return self._folder / f"hidden-{i:05d}.f32"

@@ -40,6 +40,7 @@ def quantize(
         Text,
         typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
     ] = None,
+    kv_cache: Annotated[Text, typer.Option(help="Quantize the key-value cache: fp8, int8 or int4.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[
         Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")
@@ -75,7 +76,7 @@ def quantize(
     """
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
-        "sequential": sequential,
+        "sequential": sequential, "kv_cache": kv_cache,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
@@ -92,7 +93,7 @@ def quantize(
 def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe that the flags describe: a named method or a file, with what was said on the command line over it."""
     from infopt import recipes
-    from infopt.recipe import load_recipe, parse_recipe, with_scheme
+    from infopt.recipe import CACHES, load_recipe, parse_recipe, with_scheme
 
     if (method is None) == (path is None):
         raise UsageError("give either --method or --recipe", "one of them says what to do", "--method awq")
@@ -108,6 +109,10 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
                           "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
         data[section].update({key: given[key] for key in keys if given[key] is not None})
     data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
+    if name := flags["kv_cache"]:
+        if name not in CACHES:
+            raise UsageError(f"--kv-cache {name}", f"known: {', '.join(CACHES)}", "--kv-cache fp8")
+        data["kv_cache"] = CACHES[name]
     if flags["act_order"]:
         rows = [row for row in data["steps"] if "gptq" in row]
         if not rows:
@@ -139,7 +144,7 @@ def _run(
     from infopt.exporters.gguf_export import check_gguf
     from infopt.memory import release
     from infopt.output import OutputFolder
-    from infopt.recipes.run import Run
+    from infopt.recipes.run import Run, needs_data
 
     started = time.monotonic()
     form, tokenizer = named(target[0]), target[1]
@@ -155,7 +160,7 @@ def _run(
         check_gguf(reader, tokenizer)
     steps = recipes.build_steps(recipe)
     windows, data_report = None, None
-    if any(step.needs for step in steps):
+    if needs_data(recipe, steps):
         data = recipe.calibration
         spec = DataSpec(data.dataset, data.num_samples, data.seqlen, data.seed, data.split, data.column)
         vocab = reader.config.get("vocab_size")

@@ -90,7 +90,7 @@ def config(grids: Mapping[str, Grid], ignore: Iterable[str], transposed: Iterabl
     formats = {_form(grid) for grid in kinds}
     settings: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": "dense" if not formats else formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignore),

@@ -27,6 +27,7 @@ from infopt.qtensor import QTensor
 
 TRANSPOSED = "infopt_transposed"  # a key of ours in quantization_config, which engines ignore
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_SUFFIXES = tuple(f"{which}_{part}" for which in "kv" for part in ("scale", "zero_point"))
 Shape = tuple[int, int]
 
 
@@ -94,7 +95,7 @@ class QuantizedReader(CheckpointReader):
         listed = settings.get(TRANSPOSED)
         self.transposed = {name for name in self._layouts if isinstance(listed, list) and name in listed}
         hidden = {f"{name}.{part}" for name, lay in self._layouts.items() for part in (*lay.parts, "weight")}
-        logical = {key: info for key, info in self.stored.items() if key not in hidden}
+        logical = {key: info for key, info in self.stored.items() if key not in hidden and not is_cache_tensor(key)}
         logical |= {f"{name}.weight": self._logical(name, lay) for name, lay in self._layouts.items()}
         self.tensors = dict(sorted(logical.items()))
 
@@ -138,6 +139,11 @@ class QuantizedReader(CheckpointReader):
         first = self.stored[f"{name}.{layout.parts[0]}"]
         shape = layout.shape[::-1] if name in self.transposed else layout.shape
         return replace(first, name=f"{name}.weight", shape=shape, dtype=layout.grid.scale_dtype)
+
+
+def is_cache_tensor(name: str) -> bool:
+    """Whether a tensor is a scale or zero point of a key-value cache, and so no part of the dense model."""
+    return name.rpartition(".")[2] in CACHE_SUFFIXES
 
 
 def damaged(what: str, why: str) -> BadInput:

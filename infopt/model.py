@@ -94,6 +94,24 @@ class Skeleton:
         """The checkpoint key of an op's weight, "model.layers.3.self_attn.q_proj.weight"."""
         return self.tensor_key(i, f"{op_name}.weight")
 
+    def stored_path(self, i: int, module: str) -> str:
+        """How the checkpoint calls block i's module: "model.layers.3.self_attn", by the key of one of its tensors."""
+        prefix = f"{self.blocks[i]}.{module}."
+        for name, keys in self._keys.one_to_one.items():
+            tail = "." + name.removeprefix(prefix)
+            if name.startswith(prefix) and len(keys) == 1 and keys[0].endswith(tail):
+                return keys[0].removesuffix(tail)
+        raise Unsupported(
+            f"{self.blocks[i]}.{module} has another layout in the checkpoint.",
+            "The scales of its cache could not be named.",
+            "Leave --kv-cache out.",
+        )
+
+    @property
+    def width(self) -> int:
+        """Channels of the hidden states."""
+        return int(self.config.get_text_config().hidden_size)
+
     # Loading and freeing
 
     def load_block(self, i: int) -> nn.Module:

@@ -56,6 +56,16 @@ class InputScheme(_Strict):
         return self
 
 
+class CacheScheme(_Strict):
+    """The key-value cache: integers of 4 or 8 bits or floats of 8. strategy: what shares a scale; "token" is found while
+    the model runs, the others come from calibration."""
+
+    type: Literal["int", "float"] = "float"
+    bits: Literal[4, 8] = 8
+    strategy: Literal["tensor", "head", "channel", "token"] = "tensor"
+    symmetric: bool = True
+
+
 class CalibrationData(_Strict):
     """Where calibration tokens come from: `num_samples` windows of `seqlen` tokens."""
 
@@ -69,7 +79,8 @@ class CalibrationData(_Strict):
 
 class Recipe(_Strict):
     """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths. inputs: how
-    the inputs of quantized layers are rounded, None if they are not.
+    the inputs of quantized layers are rounded, None if they are not. kv_cache: how the cache is, None for a float one.
+    Without steps the weights stay as they are, and only the cache is quantized.
 
     sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
     quantized blocks before its own (`block`).
@@ -80,13 +91,20 @@ class Recipe(_Strict):
 
     name: str = "custom"
     description: str = ""
-    steps: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1, strict=False)
+    steps: tuple[dict[str, dict[str, Any]], ...] = Field(default=(), strict=False)
     sequential: Literal["space", "block"] = "block"
     weights: WeightScheme = WeightScheme()
     inputs: InputScheme | None = None
+    kv_cache: CacheScheme | None = None
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
     calibration: CalibrationData = CalibrationData()
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Recipe:
+        if not self.steps and self.kv_cache is None:
+            raise ValueError("it has neither steps nor a kv_cache: nothing would be done")
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
@@ -104,6 +122,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "FP8_BLOCK": {"weights": {**_FLOATS, "group_size": "block"}, "inputs": {"type": "float", "group_size": 128}},
     "W4A8": {"weights": {"type": "int", "bits": 4}, "inputs": {"type": "int"}},
     "W4AFP8": {"weights": {"type": "int", "bits": 4}, "inputs": {"type": "float"}},
+}
+
+
+#: The words of --kv-cache.
+CACHES: dict[str, dict[str, Any]] = {
+    "fp8": {"type": "float", "bits": 8, "strategy": "tensor", "symmetric": True},
+    "int8": {"type": "int", "bits": 8, "strategy": "head", "symmetric": True},
+    "int4": {"type": "int", "bits": 4, "strategy": "channel", "symmetric": False},
 }
 
 
@@ -180,6 +206,7 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "weights": WeightScheme,
         "inputs": InputScheme,
+        "kv_cache": CacheScheme,
         "calibration": CalibrationData,
     }
     model = models.get(str(location[0]), Recipe) if location else Recipe

@@ -79,7 +79,7 @@ def show_verdict(verdict: _Reported) -> None:
     rows = [(marks[check["ok"]][0], check["name"], check["detail"]) for check in checks]
     table("Verification", ("", "check", "found"), rows, [marks[check["ok"]][1] for check in checks])
     quality, size = said["quality"] or {}, said["size"] or {}
-    measured = [*_quality_rows(quality), *_size_rows(size)]
+    measured = [*_quality_rows(quality), *_cache_rows(said.get("cache")), *_size_rows(size)]
     if measured:
         table("", ("measure", "original", "this model"), measured)
     note("passed" if said["passed"] else "FAILED", "bold green" if said["passed"] else "bold red")
@@ -95,6 +95,18 @@ def _quality_rows(quality: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("KL divergence: 99.9 %, largest", "0", f"{quality['kl_999']:.4f}, {quality['kl_max']:.4f}"),
         ("same most likely token", "100 %", f"{quality['top1']:.2%}"),
     ]
+
+
+def _cache_rows(cache: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    if not cache:
+        return []
+    rows = [
+        (name, "", f"perplexity {cache[key]['perplexity']:.4f}, KL {cache[key]['kl_mean']:.5f}")
+        for key, name in (("float", "with a float cache"), ("unit", "with scales of 1 in the cache"))
+    ]
+    ours, theirs = cache["bytes_per_token"], cache["bytes_per_token_bf16"]
+    size = ("cache, bytes per token", f"{theirs:,.0f}", f"{ours:,.0f} ({theirs / ours:.2f} times smaller)")
+    return [*rows, size]
 
 
 def _size_rows(size: dict[str, Any]) -> list[tuple[str, str, str]]:

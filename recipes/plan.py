@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from infopt.errors import UsageError
 from infopt.grid import GROUPS, Grid, Inputs
+from infopt.kv_cache import CacheGrid
 from infopt.model import Skeleton
 from infopt.recipe import Recipe, match_ignored
 
@@ -30,6 +31,8 @@ def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Raises UsageError for ignore patterns that match nothing and for groups that do not divide a layer's columns."""
     linears = {name: m for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     inside = {name for name in linears if any(name.startswith(f"{block}.") for block in skeleton.blocks)}
+    if not recipe.steps:  # only the cache is quantized
+        return Plan({}, dict.fromkeys(linears, "the recipe has no steps"), frozenset())
     ignored = match_ignored(recipe.ignore, list(linears))
     grids: dict[str, Grid] = {}
     kept: dict[str, str] = {name: "outside the decoder blocks" for name in linears if name not in inside}
@@ -103,3 +106,9 @@ def _inputs(recipe: Recipe) -> Inputs | None:
     if recipe.inputs is None:
         return None
     return Inputs(recipe.inputs.type, recipe.inputs.dynamic, recipe.inputs.group_size)
+
+
+def cache_grid(recipe: Recipe) -> CacheGrid | None:
+    """The type of the key-value cache, None for a float one."""
+    cache = recipe.kv_cache
+    return CacheGrid(cache.type, cache.bits, cache.strategy, cache.symmetric) if cache else None

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,40 +25,23 @@ from infopt.calibration.discover import discover, structure_key
 from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
-from infopt.errors import BadInput
-from infopt.exporters import compressed_tensors
+from infopt.errors import BadInput, Unsupported
+from infopt.exporters import compressed_tensors, kv_cache
 from infopt.exporters.folder import model_config, write_folder
 from infopt.exporters.formats import check
 from infopt.exporters.quantized import Format
-from infopt.header import read_json
+from infopt.kv_cache import CacheScales, RoundingCache, attention_path
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.output import OutputFolder, free_space_check, merge_shards, write_json, write_manifest, write_safetensors
 from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
+from infopt.quantizers.kv_cache import choose_scales
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
-from infopt.recipes.plan import Plan, columns_of, out_in, plan
+from infopt.recipes.marks import BlockReport, Marks, file_digest
+from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
 from infopt.topology import Space, Topology
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What one finished block has to say. layers: by tensor name in the output, without ".weight"; hidden, part: sha256 of
-    the next block's input and of the block's file of tensors."""
-
-    index: int
-    structure: str
-    layers: dict[str, dict[str, Any]]
-    rewritten: list[str]
-    notes: list[str]
-    hidden: str | None
-    part: str
-
-    def error(self) -> float | None:
-        """The block's worst relative output error, where there was data to measure it."""
-        errors = [layer["error"] for layer in self.layers.values() if layer["error"] is not None]
-        return max(errors, default=None)
 
 
 class Run:
@@ -80,9 +62,10 @@ class Run:
         self.form = form
         self.plan = self._held(plan(self.skeleton, recipe))
         self.data_report = data_report
-        self._parts = output.work / "parts"
+        self._marks = Marks(output.work / "parts")
         self._stream = None
-        if any(step.needs for step in steps):
+        self.cache = cache_grid(recipe)
+        if needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
@@ -94,6 +77,12 @@ class Run:
         grids = {name: self.form.settled(grid) for name, grid in made.grids.items()}
         modules = {name: self.skeleton.model.get_submodule(name) for name in grids}
         check(self.form, {name: (grid, out_in(modules[name])) for name, grid in grids.items()})
+        if self.recipe.kv_cache and self.form.weight_only:
+            raise Unsupported(
+                f"the format {self.form.name} says nothing about a key-value cache",
+                "its scales would be lost",
+                "--format compressed-tensors",
+            )
         return replace(made, grids=grids)
 
     @property
@@ -119,10 +108,9 @@ class Run:
         on_block is told of every finished block, and whether an earlier run had finished it.
         """
         free_space_check(self.output.work, 2 * sum(info.nbytes for info in self.reader.tensors.values()) // 3)
-        self._parts.mkdir(parents=True, exist_ok=True)
         done = self._resume() if resume else []
         if not done:
-            self._restart()
+            self._marks.restart(self.fingerprint(), self._stream.start() if self._stream else None)
         for report in done:
             on_block(report, True)
         reports = list(done)
@@ -131,8 +119,6 @@ class Run:
             on_block(reports[-1], False)
         self._assemble(reports)
         return reports
-
-    # Marks and resume
 
     def fingerprint(self) -> str:
         """Everything that decides the output's bytes."""
@@ -146,45 +132,18 @@ class Run:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _restart(self) -> None:
-        for path in self._parts.iterdir():
-            path.unlink()
-        digest = self._stream.start() if self._stream else None
-        write_json(self._parts / "start.json", {"fingerprint": self.fingerprint(), "hidden": digest})
-
     def _resume(self) -> list[BlockReport]:
         """The reports of the blocks that need no more work; empty if there is nothing usable."""
-        start = self._parts / "start.json"
-        if not start.is_file():
-            return []
-        try:
-            begun = read_json(start)
-            if begun.get("fingerprint") != self.fingerprint():
-                return []
-            marks: list[BlockReport] = []
-            while (mark := self._mark_path(len(marks))).is_file():
-                marks.append(BlockReport(**read_json(mark)))
-            self._topologies = {p.stem: Topology.from_json(read_json(p)) for p in self._parts.glob("topology-*.json")}
-        except (BadInput, TypeError, AttributeError):
-            return []  # a torn or foreign work folder: begin again
-        for i, mark_report in enumerate(marks):
-            if _file_digest(self._part_path(i)) != mark_report.part:
-                return []
         # A crash between a mark and the next leaves the last mark's hidden states; they are needed unless all is done.
-        if self._stream and len(marks) < self.blocks:
-            needed = marks[-1].hidden if marks else begun.get("hidden")
-            if not needed or not self._stream.holds(len(marks), needed):
-                return []
-        for i, mark_report in enumerate(marks):  # structures are numbered as they are met: go on with the same numbers
+        begun = self._marks.read(self.fingerprint(), lambda i, digest: self._stream is None or i == self.blocks or
+                                 self._stream.holds(i, digest))  # fmt: skip
+        if begun is None:
+            return []
+        reports, self._topologies = begun
+        for i, report in enumerate(reports):  # structures are numbered as they are met: go on with the same numbers
             key = structure_key(self.skeleton.model.get_submodule(self.skeleton.blocks[i]))
-            self._structures.setdefault(key, mark_report.structure)
-        return marks
-
-    def _mark_path(self, i: int) -> Path:
-        return self._parts / f"block-{i:05d}.json"
-
-    def _part_path(self, i: int) -> Path:
-        return self._parts / f"block-{i:05d}.safetensors"
+            self._structures.setdefault(key, report.structure)
+        return reports
 
     # One block
 
@@ -206,24 +165,25 @@ class Run:
             stored={f"{op.name}.weight": self._stored_dtype(i, op.name) for op in topology.ops if op.kind == "norm"},
         )
         try:
-            layers, hidden = self._quantize(i, work)
+            layers, hidden, scales = self._quantize(i, work)
         finally:
             work.close()
         missed = [op for op in self._planned(i) if op not in work.results]
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
-        self._write_part(i, work)
+        self._write_part(i, work, scales)
         report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), work.notes, hidden,
-                             _file_digest(self._part_path(i)))  # fmt: skip
-        write_json(self._mark_path(i), report.__dict__)
+                             file_digest(self._marks.part(i)))  # fmt: skip
+        self._marks.write(report)
         if self._stream:
             self._stream.forget(i)
         self.skeleton.free_block(i)
         release()
         return report
 
-    def _quantize(self, i: int, work: BlockWork) -> tuple[dict[str, dict[str, Any]], str | None]:
-        """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input)."""
+    def _quantize(self, i: int, work: BlockWork) -> tuple[dict[str, dict[str, Any]], str | None, CacheScales | None]:
+        """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input, the
+        scales of its cache)."""
         rewriting = [step for step in self.steps if step.rewrites]
         rounding = [step for step in self.steps if not step.rewrites]
         by_space = self.recipe.sequential == "space" and any(step.needs for step in rounding)
@@ -237,18 +197,28 @@ class Run:
             layers.update(self._install(i, work, space))
             work.forget(space)  # a space is done when its readers are
 
-        if self._stream and (rewriting or not by_space):
+        if self._stream:
+            self._stream.cache = None
+        if self._stream and (rewriting or (rounding and not by_space)):
             needs = _needs(rewriting if by_space else self.steps)
             work.stats.update(self._stream.gather(i, work.block, work.topology, needs))
         for step in rewriting:
             for space in work.topology.spaces:
                 step(work, space)
+        scales = self._cache_scales(i, work.block)
+        if self._stream:
+            self._stream.cache = RoundingCache(self.cache, scales) if self.cache else None
         if self._stream and by_space:
-            return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding))
+            return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding)), scales
         for space in work.topology.spaces:
             round_space(space)
         last = i + 1 == self.blocks
-        return layers, self._stream.advance(i, work.block) if self._stream and not last else None
+        return layers, self._stream.advance(i, work.block) if self._stream and not last else None, scales
+
+    def _cache_scales(self, i: int, block: nn.Module) -> CacheScales | None:
+        if self.cache is None or self.cache.strategy == "token" or self._stream is None:
+            return None
+        return choose_scales(self.cache, self._stream.watch_cache(i, block))
 
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
@@ -262,7 +232,7 @@ class Run:
             self._structures[key] = name
             if name not in self._topologies:
                 self._topologies[name] = discover(self.skeleton, i)
-                write_json(self._parts / f"{name}.json", self._topologies[name].to_json())
+                self._marks.write_topology(name, self._topologies[name])
         name = self._structures[key]
         return name, self._topologies[name]
 
@@ -292,7 +262,7 @@ class Run:
             work.install(op)
         return layers
 
-    def _write_part(self, i: int, work: BlockWork) -> None:
+    def _write_part(self, i: int, work: BlockWork, scales: CacheScales | None) -> None:
         replaced: dict[str, dict[str, torch.Tensor]] = {}
         for op, q in work.results.items():
             key = self.skeleton.weight_key(i, op)
@@ -304,19 +274,23 @@ class Run:
         tensors: dict[str, torch.Tensor] = {}
         for key in self.skeleton.block_keys(i):
             tensors.update(replaced[key] if key in replaced else {key: self.reader.get(key)})
-        write_safetensors(self._part_path(i), tensors)
+        if self.cache and scales:
+            tensors |= kv_cache.encode(self.skeleton.stored_path(i, attention_path(work.block)), self.cache, scales)
+        write_safetensors(self._marks.part(i), tensors)
 
     # The folder
 
     def _assemble(self, reports: list[BlockReport]) -> None:
         stage = self.output.stage
         stage.mkdir(parents=True, exist_ok=True)
-        outer = self._parts / "outer.safetensors"
+        outer = self._marks.folder / "outer.safetensors"
         keys = [*self.skeleton.outer_keys(), *self.skeleton.extra_keys()]
         write_safetensors(outer, {key: self.reader.get(key) for key in keys})
-        merge_shards([outer, *(self._part_path(i) for i in range(self.blocks))], stage)
+        merge_shards([outer, *(self._marks.part(i) for i in range(self.blocks))], stage)
         linear_kept = [n for n in self.plan.kept if isinstance(self.skeleton.model.get_submodule(n), nn.Linear)]
         settings = self.form.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
+        if self.cache:
+            settings["kv_cache_scheme"] = kv_cache.settings(self.cache)
         write_folder(stage, self.reader, settings)
         (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         write_json(stage / "infopt.json", self._summary(reports))
@@ -342,6 +316,11 @@ class Run:
         }
 
 
+def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
+    """Whether calibration data must be read: for a step, or for static scales of the cache."""
+    return any(step.needs for step in steps) or (recipe.kv_cache is not None and recipe.kv_cache.strategy != "token")
+
+
 def _needs(steps: list[Step]) -> frozenset[str]:
     return frozenset().union(*(step.needs for step in steps))
 
@@ -361,14 +340,6 @@ def _weights(results: dict[str, QTensor]) -> set[str]:
     return {f"{op}.weight" for op in results}
 
 
-def _file_digest(path: Path) -> str:
-    """The file's sha256; nothing where there is no file."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _versions() -> dict[str, str]:
     return {"infopt": infopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -379,7 +350,7 @@ def memory_needed(run: Run) -> int:
     meta = run.skeleton.model
     blocks = [sum(p.numel() for p in meta.get_submodule(name).parameters()) for name in run.skeleton.blocks]
     outer = sum(p.numel() for p in meta.parameters()) - sum(blocks)
-    columns = {columns_of(meta.get_submodule(name)) for name in run.plan.grids}
+    columns = {columns_of(meta.get_submodule(name)) for name in run.plan.grids} or {run.skeleton.width}
     statistics = 5 * sum(4 * width * width for width in columns) if run.needs_data else 0
     batch = 12 * 4 * max(columns) * run.batch_tokens
     return int(400e6 + max(4 * outer, 3 * 4 * max(blocks) + statistics + batch))

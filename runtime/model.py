@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,27 @@ from torch import Tensor, nn
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, Unsupported, UsageError
 from infopt.exporters.folder import model_config, open_model
+from infopt.exporters.kv_cache import read_grid, read_scales
 from infopt.exporters.quantized import QuantizedReader
 from infopt.kernels.cpu import Precision
+from infopt.kv_cache import CacheScales, RoundingCache, attention_path, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.runtime.linear import QuantLinear
 
+CacheChoice = Literal["stored", "float", "unit"]
 _TOKENS_PER_STEP = 512  # more does not fill a processor better, and attention memory grows with it
 
 
 class RuntimeModel:
     """A folder's model, one block in memory at a time.
 
-    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. Raises what the
+    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. cache: a quantized
+    key-value cache as the folder says, a float one, or one with scales of 1 (what some servers make of it). Raises what the
     reader and the skeleton raise: BadInput, Unsupported.
     """
 
-    def __init__(self, folder: Path, precision: Precision = "exact") -> None:
+    def __init__(self, folder: Path, precision: Precision = "exact", cache: CacheChoice = "stored") -> None:
         self.folder = Path(folder)
         self.precision = precision
         self.reader = open_model(self.folder)
@@ -49,6 +53,8 @@ class RuntimeModel:
         self._ops = [self._quantized_ops(i) for i in range(len(self.skeleton.blocks))]
         self._view.hollow = {f"{key}.weight" for ops in self._ops for key in ops.values()}
         self._originals: dict[int, dict[str, nn.Module]] = {}
+        self.cache = None if cache == "float" else read_grid(self.reader.config.get("quantization_config") or {})
+        self._unit_cache = cache == "unit"
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -111,6 +117,23 @@ class RuntimeModel:
                 found[op_name] = key.removesuffix(".weight")
         return found
 
+    def cache_bytes(self) -> tuple[float, float]:
+        """Bytes of the key-value cache for one token in all layers: as the folder says, and in bf16."""
+        text = self.skeleton.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        plain = 4.0 * heads * width * len(self)
+        return self.cache.bytes_per_token(heads, width) * len(self) if self.cache else plain, plain
+
+    def _rounding_cache(self, i: int) -> RoundingCache | None:
+        if self.cache is None:
+            return None
+        if self._unit_cache and self.cache.strategy != "token":
+            return RoundingCache(self.cache, CacheScales.unit(self.cache))
+        block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
+        path = self.skeleton.stored_path(i, attention_path(block))
+        return RoundingCache(self.cache, read_scales(path, self.cache, getattr(self.reader, "stored", {})))
+
     # The outer parts, and whole passes
 
     def load_outer(self, share: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -140,9 +163,10 @@ class RuntimeModel:
     @torch.no_grad()
     def advance(self, i: int, hidden_NTC: Tensor) -> None:
         """Run block i over all windows, in place. The block is in memory only for the time of this call."""
-        block = self.load_block(i)
+        block, cache = self.load_block(i), self._rounding_cache(i)
         for some in _steps(hidden_NTC):
             call = self.skeleton.calls(*hidden_NTC[some].shape[:2])[i]
+            call = with_cache(call, block, cache) if cache else call
             hidden_NTC[some] = call.run(block, hidden_NTC[some])
         self.free_block(i)
 

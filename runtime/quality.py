@@ -81,7 +81,27 @@ def compare(
 
     `on_block` is called len(reference) + len(candidate) times. Raises VerificationFailed for infinite answers.
     """
+    return compare_each(reference, [candidate], windows_NT, on_block)[0]
+
+
+def compare_each(
+    reference: RuntimeModel,
+    candidates: list[RuntimeModel],
+    windows_NT: Tensor,
+    on_block: Callable[[], None] | None = None,
+) -> list[Comparison]:
+    """`compare` for several candidates; the reference runs once."""
     hidden_r_NTC = reference.last_hidden(windows_NT, on_block)
+    return [_compared(reference, hidden_r_NTC, candidate, windows_NT, on_block) for candidate in candidates]
+
+
+def _compared(
+    reference: RuntimeModel,
+    hidden_r_NTC: Tensor,
+    candidate: RuntimeModel,
+    windows_NT: Tensor,
+    on_block: Callable[[], None] | None,
+) -> Comparison:
     hidden_c_NTC = candidate.last_hidden(windows_NT, on_block)
     _load_heads(reference, candidate)
     nll_r, nll_c, agree = 0.0, 0.0, 0

@@ -31,7 +31,7 @@ from infopt.output import MANIFEST, update_manifest, write_json
 from infopt.runtime import integrity
 from infopt.runtime.integrity import Check
 from infopt.runtime.model import RuntimeModel
-from infopt.runtime.quality import Comparison, compare, perplexity
+from infopt.runtime.quality import Comparison, compare, compare_each, perplexity
 
 __all__ = ["VERDICT", "Check", "Comparison", "Gates", "Verdict", "compare", "judge", "perplexity", "verify"]
 
@@ -94,6 +94,7 @@ class Verdict:
     quality: Comparison | None = None
     candidate_only: dict[str, float | int] | None = None  # perplexity, where no reference was given
     size: Size | None = None
+    cache: dict[str, Any] | None = None  # for a quantized key-value cache: the same with others, and bytes
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,6 +114,7 @@ class Verdict:
             "gates": [asdict(gate) for gate in self.gates],
             "quality": self.quality.to_json() if self.quality else self.candidate_only,
             "size": self.size.to_json() if self.size else None,
+            "cache": self.cache,
             "data": self.data,
             "versions": _versions(),
         }
@@ -226,10 +228,38 @@ def _with_quality(
                 alone = perplexity(candidate, windows_NT, step)
             answers = Check("answers", True, f"{alone['tokens']:,} predicted tokens; no reference to compare with")
             return replace(verdict, checks=(*verdict.checks, answers), candidate_only=alone)
+        if candidate.cache is not None:
+            return _with_cache(verdict, candidate, original, windows_NT, gates, start)
         with start("comparing", blocks) as step:
             quality = compare(original, candidate, windows_NT, step)
     except VerificationFailed as error:
         return replace(verdict, checks=(*verdict.checks, Check("answers", False, error.what)))
+    return _answered(verdict, quality, gates)
+
+
+def _with_cache(
+    verdict: Verdict,
+    candidate: RuntimeModel,
+    original: RuntimeModel,
+    windows_NT: torch.Tensor,
+    gates: Gates,
+    start: Progress,
+) -> Verdict:
+    """The comparison with the cache as it is, with a float cache, and with scales of 1 (what is served without them)."""
+    models = [candidate, *(RuntimeModel(candidate.folder, cache=choice) for choice in ("float", "unit"))]
+    with start("comparing", len(original) + 3 * len(candidate)) as step:
+        quality, as_float, as_unit = compare_each(original, models, windows_NT, step)
+    ours, theirs = candidate.cache_bytes()
+    report = {
+        "float": as_float.to_json(),
+        "unit": as_unit.to_json(),
+        "bytes_per_token": ours,
+        "bytes_per_token_bf16": theirs,
+    }
+    return replace(_answered(verdict, quality, gates), cache=report)
+
+
+def _answered(verdict: Verdict, quality: Comparison, gates: Gates) -> Verdict:
     answers = Check("answers", True, f"{quality.tokens:,} predicted tokens, all finite")
     return replace(verdict, checks=(*verdict.checks, answers), gates=tuple(gates.checks(quality)), quality=quality)
 
