@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,10 +92,8 @@ class Stream:
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
         """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows."""
         self.cache = WatchingCache()
-        outputs = self._outputs(i, block)
-        for _ in range(min(_WATCHED, len(self._batches))):
-            next(outputs)
-        outputs.close()
+        for _ in islice(self._outputs(i, block), _WATCHED):
+            pass
         seen, self.cache = self.cache.seen, None
         return seen
 

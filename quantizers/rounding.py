@@ -52,8 +52,8 @@ def choose_range(
         weight = F.pad(weight, (0, -columns % width))
 
     def error(scale_RG: torch.Tensor, zero_RG: torch.Tensor) -> torch.Tensor:
-        spread = (part.repeat_interleave(grid.rows or rows, 0)[:rows, :, None] for part in (scale_RG, zero_RG))
-        return _by_rows(_error(w_OGK, grid, *spread, weight), grid, "sum")
+        scale, zero = (part.repeat_interleave(grid.rows or rows, 0)[:rows, :, None] for part in (scale_RG, zero_RG))
+        return _by_rows(_error(w_OGK, grid, scale, zero, weight), grid, "sum")
 
     least_RG = error(*best)
     for ratio in ratios[1:]:

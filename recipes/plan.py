@@ -84,10 +84,15 @@ def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid |
     key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
     stored = skeleton.weights.tensors[key].dtype
     weights, size = recipe.weights, recipe.weights.group_size
-    group, rows = {"channel": (None, 1), "tensor": (None, None), "block": (128, 128)}.get(size, (size, 1))
+    words: dict[int | str, tuple[int | None, int | None]] = {
+        "channel": (None, 1),
+        "tensor": (None, None),
+        "block": (128, 128),
+    }
+    group, rows = words[size] if isinstance(size, str) else (size, 1)
     grid = Grid(
         weights.bits,
-        group,  # type: ignore[arg-type]  # a number, or one of the words above
+        group,
         weights.symmetric,
         stored if stored in _SCALE_DTYPES else torch.float32,
         kind=weights.type,
