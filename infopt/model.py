@@ -94,6 +94,11 @@ class Skeleton:
         """The checkpoint key of an op's weight, "model.layers.3.self_attn.q_proj.weight"."""
         return self.tensor_key(i, f"{op_name}.weight")
 
+    def outer_sources(self) -> dict[str, list[str]]:
+        """{parameter outside the blocks: the checkpoint keys that become it without conversion}."""
+        inside = self._list_name + "."
+        return {name: list(keys) for name, keys in self._keys.one_to_one.items() if not name.startswith(inside)}
+
     # Loading and freeing
 
     def load_block(self, i: int) -> nn.Module:

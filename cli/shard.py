@@ -1,0 +1,108 @@
+"""`infopt shard`: one folder per rank of a tensor- and pipeline-parallel run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from infopt.cells import BlockFacts
+    from infopt.checkpoint import CheckpointReader
+    from infopt.model import Skeleton
+
+
+def shard(
+    model: Annotated[str, typer.Argument(help="A model: folder or hub id, quantized or not; or a folder of shards.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)],
+    tp: Annotated[int, typer.Option("--tp", "--tensor-parallel-size", min=1, help="Ranks that share each layer.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", "--pipeline-parallel-size", min=1, help="Stages of layers.")] = 1,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Pad MLP columns and the vocabulary where they do not divide.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if infopt made it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="What was done, as JSON on stdout.")] = False,
+) -> None:
+    """Cut a model into one folder per rank, along heads, groups and packed words, as proven on the running block.
+
+    `infopt assemble` gives the model back byte for byte. Example: infopt shard ./model-w4 --tp 2 -o ./model-w4-tp2
+    """
+    from infopt.calibration.outer import find_outer
+    from infopt.checkpoint import resolve
+    from infopt.exporters.assemble import assemble, is_shards, open_shards
+    from infopt.exporters.folder import model_config, open_model
+    from infopt.exporters.shard import plan_shards, write_shards
+    from infopt.model import Skeleton
+    from infopt.output import OutputFolder
+    from infopt.report import json_out, note, progress
+
+    if tp * pp > 1024:
+        raise UsageError(f"{tp} x {pp} ranks", "at most 1024 are written", "--tp 8 --pp 2")
+    folder = resolve(model)
+    with OutputFolder(output, overwrite, folder) as out:
+        try:
+            if is_shards(folder):
+                whole = out.work / "assembled"
+                whole.mkdir()
+                assemble(open_shards(folder), whole)
+                folder = whole
+            reader = open_model(folder)
+            skeleton = Skeleton(model_config(reader.config), reader)
+            facts = block_facts(reader, skeleton, tp)
+            outer = find_outer(skeleton)
+            described, plan = plan_shards(reader, skeleton, facts, outer, tp, pp, pad)
+            with progress("cutting", len(plan.parts)) as step:
+                write_shards(reader, described, plan, out, step)
+            out.commit()
+        except BaseException:
+            out.discard()
+            raise
+    for line in described.notes:
+        note(line)
+    note(f"{output}: {tp} x {pp} ranks, {len(described.tensors)} tensors")
+    if as_json:
+        cut = sum(tensor.axis is not None for tensor in described.tensors.values())
+        said: dict[str, Any] = {"tp": tp, "pp": pp, "tensors": len(described.tensors), "cut": cut}
+        json_out({**said, "replicated": len(described.tensors) - cut, "notes": list(described.notes)})
+
+
+def block_facts(reader: CheckpointReader, skeleton: Skeleton, tp: int) -> list[BlockFacts]:
+    """Every block's proven topology and cells: from infopt.json and one look at each structure, or discovered anew."""
+    from infopt.calibration.cells import find_cells
+    from infopt.calibration.discover import discover, structure_key
+    from infopt.cells import BlockFacts
+    from infopt.topology import Topology
+
+    known: dict[Any, BlockFacts] = {}
+    facts = []
+    for i, name in enumerate(skeleton.blocks):
+        key = structure_key(skeleton.model.get_submodule(name))
+        if key not in known and tp == 1:
+            known[key] = BlockFacts(Topology((), ()), ())
+        elif key not in known:
+            skeleton.load_block(i)
+            topology = recorded_topology(reader.folder, i) or discover(skeleton, i)
+            known[key] = BlockFacts(topology, find_cells(skeleton, i, topology))
+            skeleton.free_block(i)
+        facts.append(known[key])
+    return facts
+
+
+def recorded_topology(folder: Path, i: int) -> Any:
+    """Block i's topology from infopt.json; None where there is none."""
+    from infopt.errors import BadInput
+    from infopt.header import read_json
+    from infopt.topology import Topology
+
+    path = folder / "infopt.json"
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    try:
+        return Topology.from_json(report["topologies"][report["blocks"][i]["structure"]])
+    except (KeyError, IndexError, TypeError) as error:
+        why = f"It has no topology of block {i} ({type(error).__name__})."
+        raise BadInput(f"{path} is not a report of infopt", why, f"infopt inspect {folder}") from error
