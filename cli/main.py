@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": ("convert", "convert", "Convert a GGUF file to a Hugging Face folder."),
     "shard": ("shard", "shard", "Cut a model into one folder per tensor- and pipeline-parallel rank."),
     "assemble": ("assemble", "assemble", "Put shards back together, byte for byte."),
+    "lint": ("lint", "lint", "Find what is wrong with a checkpoint, whichever tool made it."),
     "recipe": ("recipe", "recipe", "List the recipes, or show one."),
     "doctor": ("doctor", "doctor", "Versions, processor, memory, disk and GPU of this machine."),
 }

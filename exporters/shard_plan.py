@@ -177,7 +177,7 @@ class Split:
     def pieces(self, layer: Layer, side: str) -> tuple[Pieces, ...]:
         """Each rank's logical pieces of a layer's rows or columns."""
         each = (self.padded if self.pad else self.cells.count) // self.tp
-        found = []
+        found: list[Pieces] = []
         for rank in range(self.tp):
             start, stop = (min(edge, self.cells.count) for edge in (rank * each, (rank + 1) * each))
             pad = each - (stop - start)

@@ -180,13 +180,13 @@ def _shard_set(data: Any) -> ShardSet:
 
 
 def _files(data: Any) -> dict[str, tuple[int, str]]:
-    found = {}
+    found: dict[str, tuple[int, str]] = {}
     for name, entry in _table(data, "source.files").items():
         parts = PurePosixPath(name).parts
         plain = parts and not set("\0\\") & set(name) and not any(part.startswith((".", "/")) for part in parts)
         _need(bool(plain) and str(PurePosixPath(name)) == name, f"{show(name)} is no plain name of a file")
-        size, digest = entry.get("size"), entry.get("sha256")
-        _need(_natural(size) and isinstance(digest, str) and len(digest) == 64, f"source.files: {show(name)}")
+        size, digest = entry.get("size", -1), str(entry.get("sha256"))
+        _need(_natural(size) and len(digest) == 64, f"source.files: {show(name)}")
         found[name] = (size, digest)
     return found
 
