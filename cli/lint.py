@@ -42,7 +42,7 @@ def lint(
     folder = resolve(model)
     with progress("looking", len(RULES)) as step:
         findings = find(folder, deep, tp, step)
-    bad = at_least(findings, level.value)  # type: ignore[arg-type]
+    bad = at_least(findings, level.value)
     if findings:
         colours = {"error": "red", "warning": "yellow", "info": ""}
         rows = [(f.level, f.rule, " ".join(filter(None, (f.file, f.tensor))), f.message, f.fix) for f in findings]

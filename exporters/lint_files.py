@@ -12,7 +12,7 @@ import torch
 
 from infopt.checkpoint import PICKLES, contained
 from infopt.errors import InfoptError
-from infopt.exporters.lint_model import Finding, Model, found, number_of, quoted
+from infopt.exporters.lint_model import Finding, Level, Model, found, number_of, quoted
 from infopt.header import TensorInfo, read_tensor
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -101,7 +101,7 @@ def chat_template(model: Model) -> Iterator[Finding]:
         message = (
             f"there is no chat template, though the tokenizer has {chats[0]}" if chats else "there is no chat template"
         )
-        level = "warning" if chats else "info"
+        level: Level = "warning" if chats else "info"
         yield found("chat-template", level, "chat_template.jinja", message, "copy it from the original model")
     if isinstance(inline, str) and "chat_template.jinja" in model.files:
         path = model.folder / "chat_template.jinja"
@@ -150,7 +150,7 @@ def ties(model: Model) -> Iterator[Finding]:
         elif (embedding := _embedding(model)) is not None and "weight" in head.parts:
             same = _equal(embedding, head.parts["weight"])
             message = "the head is stored although it is tied" + ("" if same else ", and it differs from the embedding")
-            level = "info" if same else "error"
+            level: Level = "info" if same else "error"
             yield found("tied-head", level, info, message, "remove it, or set tie_word_embeddings to false")
 
 

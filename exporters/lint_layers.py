@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from infopt.exporters.lint_model import SCALES, Finding, Layer, Model, found, quoted, values
+from infopt.exporters.lint_model import SCALES, Finding, Layer, Level, Model, found, quoted, values
 from infopt.header import TensorInfo, read_tensor
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -105,7 +105,9 @@ def _one_scale(group: list[Layer]) -> Iterator[Finding]:
             message = (
                 f"fused siblings have scales of their own ({', '.join(f'{n:.6g}' for n in numbers)}); servers take one"
             )
-            level = "info" if part == "weight_scale" else "warning"  # vLLM rescales weights to the largest, with a loss
+            level: Level = (
+                "info" if part == "weight_scale" else "warning"
+            )  # vLLM rescales weights to the largest, with a loss
             yield found("fused-siblings", level, infos[0], message, "give them one common scale")
 
 
@@ -170,7 +172,7 @@ def group_degrees(model: Model) -> Iterator[Finding]:
             fix = f"pad it (infopt shard --pad), or use a group size that divides {columns} / {model.tp}"
             yield found("group-degrees", "error", layer.info(), arithmetic, fix)
         elif refused and not model.tp:
-            level = "warning" if 2 in refused else "info"
+            level: Level = "warning" if 2 in refused else "info"
             fix = "pad the layer (infopt shard --pad), or use smaller groups"
             yield found("group-degrees", level, layer.info(), arithmetic, fix)
 
@@ -223,8 +225,14 @@ def _flat_shapes(model: Model, layer: Layer) -> Iterator[str]:
         yield f"{quoted(missing)} is missing"
         return
     q, zeros, scale = (layer.parts[part].shape for part in ("qweight", "qzeros", "scales"))
-    whole = type(bits) is int and bits in (2, 3, 4, 8) and type(size) is int and (size == -1 or size > 0)
-    if not whole or not len(q) == len(zeros) == len(scale) == 2:
+    if (
+        not isinstance(bits, int)
+        or not isinstance(size, int)
+        or bits not in (2, 3, 4, 8)
+        or not (size == -1 or size > 0)
+    ):
+        return
+    if not len(q) == len(zeros) == len(scale) == 2:
         return
     columns, rows = (q[0], q[1] * 32 // bits) if model.method == "awq" else (q[0] * 32 // bits, q[1])
     groups = 1 if size == -1 else -(-columns // size)

@@ -89,7 +89,14 @@ def plan_shards(
     plan.parts += [[key] for key in rest]
     files, weights = _source_files(reader, plan.notes)
     described = ShardSet(
-        tp, stages, plan.ops, dict(sorted(plan.tensors.items())), files, tuple(weights), tuple(plan.notes)
+        tp=tp,
+        stages=stages,
+        ops=plan.ops,
+        tensors=dict(sorted(plan.tensors.items())),
+        files=files,
+        weights=tuple(weights),
+        logical={f"{name}.weight": reader.tensors[f"{name}.weight"].shape for name in _quantized(reader)},
+        notes=tuple(plan.notes),
     )
     return described, plan
 

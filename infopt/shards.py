@@ -76,7 +76,8 @@ class OpCut:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The whole description. stages: the blocks of each pipeline stage; files: {name: (size, sha256)} of the model."""
+    """The whole description. stages: the blocks of each pipeline stage; files: {name: (size, sha256)} of the model;
+    logical: the shapes of the weights that quantized tensors stand for."""
 
     tp: int
     stages: tuple[tuple[int, ...], ...]
@@ -84,6 +85,7 @@ class ShardSet:
     tensors: Mapping[str, TensorCut]
     files: Mapping[str, tuple[int, str]]
     weights: tuple[str, ...]
+    logical: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,6 +106,7 @@ class ShardSet:
             "notes": list(self.notes),
             "ops": {name: _op_json(op) for name, op in self.ops.items()},
             "tensors": {name: _tensor_json(cut) for name, cut in self.tensors.items()},
+            "logical": {name: list(shape) for name, shape in self.logical.items()},
             "source": {
                 "weights": list(self.weights),
                 "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()},
@@ -166,6 +169,8 @@ def _shard_set(data: Any) -> ShardSet:
     weights = source.get("weights")
     _need(isinstance(weights, list) and all(isinstance(w, str) and w in files for w in weights), "`source.weights`")
     _need(len(set(weights)) == len(weights) > 0, "`source.weights` must name each file once")
+    logical = data.get("logical")
+    _need(isinstance(logical, dict), "`logical` is no table")
     notes = data.get("notes", [])
     _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "`notes` must be texts")
     return ShardSet(
@@ -175,6 +180,7 @@ def _shard_set(data: Any) -> ShardSet:
         tensors={name: _tensor(name, cut, tp, pp) for name, cut in _table(data.get("tensors"), "tensors").items()},
         files=files,
         weights=tuple(weights),
+        logical={name: _naturals(shape, f"logical: {show(name)}") for name, shape in logical.items()},
         notes=tuple(notes),
     )
 
