@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from infopt.errors import UsageError
-
-if TYPE_CHECKING:
-    from infopt.cells import BlockFacts
-    from infopt.checkpoint import CheckpointReader
-    from infopt.model import Skeleton
 
 
 def shard(
@@ -30,7 +25,9 @@ def shard(
 
     `infopt assemble` gives the model back byte for byte. Example: infopt shard ./model-w4 --tp 2 -o ./model-w4-tp2
     """
+    from infopt.calibration.facts import block_facts
     from infopt.calibration.outer import find_outer
+    from infopt.cells import WHOLE
     from infopt.checkpoint import resolve
     from infopt.exporters.assemble import assemble, is_shards, open_shards
     from infopt.exporters.folder import model_config, open_model
@@ -51,7 +48,7 @@ def shard(
                 folder = whole
             reader = open_model(folder)
             skeleton = Skeleton(model_config(reader.config), reader)
-            facts = block_facts(reader, skeleton, tp)
+            facts = block_facts(folder, skeleton) if tp > 1 else [WHOLE] * len(skeleton.blocks)
             outer = find_outer(skeleton)
             described, plan = plan_shards(reader, skeleton, facts, outer, tp, pp, pad)
             with progress("cutting", len(plan.parts)) as step:
@@ -67,42 +64,3 @@ def shard(
         cut = sum(tensor.axis is not None for tensor in described.tensors.values())
         said: dict[str, Any] = {"tp": tp, "pp": pp, "tensors": len(described.tensors), "cut": cut}
         json_out({**said, "replicated": len(described.tensors) - cut, "notes": list(described.notes)})
-
-
-def block_facts(reader: CheckpointReader, skeleton: Skeleton, tp: int) -> list[BlockFacts]:
-    """Every block's proven topology and cells: from infopt.json and one look at each structure, or discovered anew."""
-    from infopt.calibration.cells import find_cells
-    from infopt.calibration.discover import discover, structure_key
-    from infopt.cells import BlockFacts
-    from infopt.topology import Topology
-
-    known: dict[Any, BlockFacts] = {}
-    facts = []
-    for i, name in enumerate(skeleton.blocks):
-        key = structure_key(skeleton.model.get_submodule(name))
-        if key not in known and tp == 1:
-            known[key] = BlockFacts(Topology((), ()), ())
-        elif key not in known:
-            skeleton.load_block(i)
-            topology = recorded_topology(reader.folder, i) or discover(skeleton, i)
-            known[key] = BlockFacts(topology, find_cells(skeleton, i, topology))
-            skeleton.free_block(i)
-        facts.append(known[key])
-    return facts
-
-
-def recorded_topology(folder: Path, i: int) -> Any:
-    """Block i's topology from infopt.json; None where there is none."""
-    from infopt.errors import BadInput
-    from infopt.header import read_json
-    from infopt.topology import Topology
-
-    path = folder / "infopt.json"
-    if not path.is_file():
-        return None
-    report = read_json(path)
-    try:
-        return Topology.from_json(report["topologies"][report["blocks"][i]["structure"]])
-    except (KeyError, IndexError, TypeError) as error:
-        why = f"It has no topology of block {i} ({type(error).__name__})."
-        raise BadInput(f"{path} is not a report of infopt", why, f"infopt inspect {folder}") from error

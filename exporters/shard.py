@@ -228,6 +228,10 @@ def _plan_block(
         plan.tensors |= cut_layer(layers[op], cut, (stage,), tp)
         if tp > 1 and cut.parallel == "replicated":
             plan.notes.append(f"{layers[op].name}: replicated, it feeds no inner space")
+    if fact.topology.unhandled:
+        name = fact.topology.unhandled[0]
+        more = f" and {rest} more" if (rest := len(fact.topology.unhandled) - 1) else ""
+        plan.notes.append(f"{skeleton.blocks[i]}: {name}{more} replicated, they are no layers of their own")
     for key in keys:
         plan.tensors.setdefault(key, TensorCut(_dtype(reader, key), _stored(reader)[key].shape, (stage,)))
     plan.parts.append(sorted(keys))
@@ -249,7 +253,7 @@ def _layers(
             name = skeleton.weight_key(i, op.name).removesuffix(".weight")
         except Unsupported:
             continue
-        mine = {key.rpartition(".")[2]: stored[key] for key in keys if key.rpartition(".")[0] == name}
+        mine = {key.rpartition(".")[2]: stored[key] for key in sorted(keys) if key.rpartition(".")[0] == name}
         transposed = op.kind == "conv1d" and name not in quantized
         found[op.name] = Layer(name, (op.out_features, op.in_features), mine, transposed, quantized.get(name))
     return found

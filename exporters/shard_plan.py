@@ -146,7 +146,8 @@ class Split:
 
     def _arithmetic(self, layer: Layer, side: str, suffix: str, unit: Fraction, mine: int) -> str:
         total = layer.shape[0 if side == "rows" else 1]
-        if layer.stored[suffix].dtype in (torch.int32, torch.uint32) and unit.denominator != total:
+        by_group = side == "columns" and suffix in ("weight_zero_point", "qzeros")
+        if layer.stored[suffix].dtype in (torch.int32, torch.uint32) and suffix != "g_idx" and not by_group:
             bits = layer.grid.bits if layer.grid else 0
             return f"{mine} {side} x {bits} bits = {mine * bits} bits ({suffix}) are not whole words of 32 bits"
         groups = total * unit

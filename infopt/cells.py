@@ -57,6 +57,10 @@ class BlockFacts:
     cells: tuple[Cells, ...]
 
 
+#: A block that is not cut: nothing needs to be known of it.
+WHOLE = BlockFacts(Topology((), ()), ())
+
+
 @dataclass(frozen=True)
 class Outer:
     """Checkpoint keys used `before` the blocks, and `after` them (tied embeddings are in both); `vocabulary`: those whose

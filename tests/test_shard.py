@@ -221,6 +221,46 @@ def test_many_files_and_odd_headers_come_back(tmp_path):
     assert_same_model(model, tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["topologies"], {}), (["topologies", "topology-0"], 5), (["blocks"], []), (["blocks", 0], None),
+        (["topologies", "topology-0", "ops", 1, "name"], "self_attn.none"),
+        (["topologies", "topology-0", "ops", 1, "out_features"], "384"),
+        (["topologies", "topology-0", "spaces", 1, "readers"], ["mlp.none"]),
+        (["topologies", "topology-0", "spaces", 1, "width"], 10**12),
+        (["topologies", "topology-0", "spaces", 1, "fold", "writer"], "nobody"),
+        (["topologies", "topology-0", "spaces", 1, "fold", "rows"], [10**9] * 384),
+    ],
+)  # fmt: skip
+def test_a_recorded_topology_is_not_trusted(models, tmp_path, path, value):
+    model = shutil.copytree(models("llama", "w4"), tmp_path / "m")
+    report = json.loads((model / "infopt.json").read_text())
+    set_at(report, path, value)
+    (model / "infopt.json").write_text(json.dumps(report))
+    (model / "manifest.json").unlink()
+    done = infopt("shard", model, "--tp", 2, "-o", tmp_path / "s")
+    assert done.code == 3 and "infopt.json" in done.err, done
+
+
+def test_a_record_that_lies_about_heads_is_found_out(models, tmp_path):
+    """The values of two heads are said to be swapped: the derivatives tell otherwise."""
+    model = shutil.copytree(models("llama", "w4"), tmp_path / "m")
+    report = json.loads((model / "infopt.json").read_text())
+    space = report["topologies"]["topology-0"]["spaces"][1]
+    assert space["readers"] == ["self_attn.o_proj"]
+    space["fold"]["rows"] = [*range(192, 384), *range(192)]
+    (model / "infopt.json").write_text(json.dumps(report))
+    (model / "manifest.json").unlink()
+    done = infopt("shard", model, "--tp", 2, "-o", tmp_path / "s")
+    assert done.code == 4 and "v_proj" in done.err, done
+
+
+def test_what_is_replicated_is_told(tmp_path):
+    done = infopt("shard", tiny("mixtral", tmp_path / "m"), "--tp", 2, "-o", tmp_path / "s")
+    assert done.code == 0 and "layers.0: mlp" in done.err and "replicated" in done.err, done.err
+
+
 # Damage
 
 
