@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from infopt.errors import UsageError
+
+
+class Layout(StrEnum):
+    """What the ranks' files look like."""
+
+    logical = "logical"
+    vllm = "vllm"
 
 
 def shard(
@@ -18,6 +26,9 @@ def shard(
     pad: Annotated[
         bool, typer.Option("--pad", help="Pad MLP columns and the vocabulary where they do not divide.")
     ] = False,
+    layout: Annotated[
+        Layout, typer.Option(help="logical: any engine's; vllm: its sharded_state files, llama only, experimental.")
+    ] = Layout.logical,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if infopt made it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="What was done, as JSON on stdout.")] = False,
 ) -> None:
@@ -32,6 +43,7 @@ def shard(
     from infopt.exporters.assemble import assemble, is_shards, open_shards
     from infopt.exporters.folder import model_config, open_model
     from infopt.exporters.shard import plan_shards, write_shards
+    from infopt.exporters.shard_vllm import check_vllm, write_vllm
     from infopt.model import Skeleton
     from infopt.output import OutputFolder
     from infopt.report import json_out, note, progress
@@ -47,12 +59,19 @@ def shard(
                 assemble(open_shards(folder), whole)
                 folder = whole
             reader = open_model(folder)
+            if layout is Layout.vllm:
+                check_vllm(reader, tp, pp)
             skeleton = Skeleton(model_config(reader.config), reader)
             facts = block_facts(folder, skeleton) if tp > 1 else [WHOLE] * len(skeleton.blocks)
             outer = find_outer(skeleton)
             described, plan = plan_shards(reader, skeleton, facts, outer, tp, pp, pad)
             with progress("cutting", len(plan.parts)) as step:
                 write_shards(reader, described, plan, out, step)
+            if layout is Layout.vllm:
+                logical = out.stage.rename(out.work / "logical")
+                out.stage.mkdir()
+                with progress("writing for vLLM", tp * len(skeleton.blocks)) as step:
+                    write_vllm(open_shards(logical), reader, out.work, out.stage, step)
             out.commit()
         except BaseException:
             out.discard()

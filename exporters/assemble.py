@@ -30,7 +30,7 @@ from infopt.header import (
 )
 from infopt.output import MANIFEST, check_manifest, free_space_check
 from infopt.shards import HEADER, SHARDS, SOURCE, ShardSet, TensorCut, read_shards
-from infopt.writer import atomic_file
+from infopt.writer import atomic_file, os_errors
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,16 @@ def assemble(shards: OpenShards, stage: Path, on_tensor: Callable[[], None] = la
         check_manifest(folder)
     free_space_check(stage, sum(size for size, _ in described.files.values()))
     seen: set[str] = set()
-    for name in described.files:
-        target = stage / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in described.weights:
-            _write_weights(shards, name, target, seen, on_tensor)
-        else:
-            source = contained(folder, f"{SOURCE}/{name}")
-            _check_digest(source, described.files[name])
-            shutil.copyfile(source, target)
+    with os_errors(stage):
+        for name in described.files:
+            target = stage / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if name in described.weights:
+                _write_weights(shards, name, target, seen, on_tensor)
+            else:
+                source = contained(folder, f"{SOURCE}/{name}")
+                _check_digest(source, described.files[name])
+                shutil.copyfile(source, target)
     if absent := sorted(described.tensors.keys() - seen):
         raise BadInput(
             f"{folder}: tensor {show(absent[0])} is in no file of the model", "A header lacks it.", look(folder)

@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from infopt.checkpoint import contained
 from infopt.errors import BadInput
 from infopt.header import DTYPES, look, read_json, show
 
@@ -120,7 +121,7 @@ def rank_folder(stage: int, rank: int) -> str:
 
 def read_shards(folder: Path) -> ShardSet:
     """The description in a folder of shards; BadInput, naming the entry, for anything that is not as it must be."""
-    path = folder / SHARDS
+    path = contained(folder, SHARDS)
     data = read_json(path)
     try:
         return _shard_set(data)
@@ -194,6 +195,9 @@ def _files(data: Any) -> dict[str, tuple[int, str]]:
         size, digest = entry.get("size", -1), str(entry.get("sha256"))
         _need(_natural(size) and len(digest) == 64, f"source.files: {show(name)}")
         found[name] = (size, digest)
+    for name in found:
+        above = {str(parent) for parent in PurePosixPath(name).parents}
+        _need(not above & {*found, "manifest.json"}, f"{show(name)} lies in what is a file")
     return found
 
 

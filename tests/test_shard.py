@@ -326,6 +326,8 @@ def set_at(data, path: list, value) -> None:
         (["source", "files"], {"../evil": {"size": 1, "sha256": "0" * 64}}),
         (["source", "files"], {"/evil": {"size": 1, "sha256": "0" * 64}}),
         (["source", "files"], {"a/../../evil": {"size": 1, "sha256": "0" * 64}}),
+        (["source", "files", "config.json/x"], {"size": 1, "sha256": "0" * 64}),
+        (["source", "files", "manifest.json/x"], {"size": 1, "sha256": "0" * 64}),
         (["source", "weights"], ["absent.safetensors"]), (["source", "weights"], []),
         (["tensors", "lm_head.weight", "shape"], [2**62, 2**62]),
         (["tensors", "lm_head.weight", "axis"], 2), (["tensors", "lm_head.weight", "stages"], [1]),
@@ -342,6 +344,15 @@ def test_a_wrong_description_is_refused_at_once(two_ranks, tmp_path, path, value
     set_at(described, path, value)
     (folder / "shards.json").write_text(json.dumps(described))
     complaint(BadInput, lambda: open_shards(folder))
+
+
+def test_a_name_that_no_file_can_have_is_a_message(two_ranks, tmp_path):
+    folder = damaged(two_ranks, tmp_path)
+    described = json.loads((folder / "shards.json").read_text())
+    described["source"]["files"]["x" * 300] = {"size": 1, "sha256": "0" * 64}
+    (folder / "shards.json").write_text(json.dumps(described))
+    done = infopt("assemble", folder, "-o", tmp_path / "out")
+    assert done.code in (2, 3) and not list(tmp_path.glob("out*")), done
 
 
 def places(data, path=()):
