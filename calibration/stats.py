@@ -12,40 +12,85 @@ from __future__ import annotations
 
 import torch
 
-_PANEL = (
-    384  # columns of one panel of the Gram matrix: wide enough for full speed, narrow enough to skip near half of it
-)
+_PANEL = 256  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
+_SAMPLE = 1024  # rows of a sample, at most; half of them are dropped when there are more
+_STRIDE = 32  # every so many tokens one goes into the sample, at first
+EVERYTHING = frozenset({"gram", "mean", "max", "sample"})
 
 
 class InputStats:
-    """Sums over the calibration inputs x_TC of one space, all fp32.
+    """Sums over the calibration inputs x_TC of one space, all fp32; only what `needs` names is gathered.
 
-    gram: X^T X [C, C]. mean_abs: mean |x| per channel [C]. tokens: rows seen.
+    gram: X^T X [C, C]. mean: mean |x| per channel [C]. max: max |x| per channel [C]. sample: some of the rows [S, C],
+    evenly spread over the tokens. tokens: rows seen. Asking for what was not gathered is a ValueError.
     """
 
-    def __init__(self, width: int) -> None:
-        self._upper_CC = torch.zeros(width, width)
-        self._abs_C = torch.zeros(width)
+    def __init__(self, width: int, needs: frozenset[str] = EVERYTHING) -> None:
+        self.needs = needs
         self.tokens = 0
+        self._upper_CC = torch.zeros(width, width) if "gram" in needs else torch.zeros(0, 0)
+        self._abs_C = torch.zeros(width)
+        self._max_C = torch.zeros(width)
+        self._rows: list[torch.Tensor] = []
+        self._stride, self._phase = _STRIDE, 0
 
     def add(self, x: torch.Tensor) -> None:
         """Count activations [..., C]."""
         x_TC = x.reshape(-1, x.shape[-1]).float()
-        for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
-            self._upper_CC[start : start + _PANEL, start:].addmm_(x_TC[:, start : start + _PANEL].T, x_TC[:, start:])
-        self._abs_C += x_TC.abs().sum(0)
         self.tokens += x_TC.shape[0]
+        if "gram" in self.needs:
+            for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
+                stop = start + _PANEL
+                self._upper_CC[start:stop, start:].addmm_(x_TC[:, start:stop].T, x_TC[:, start:])
+        if "mean" in self.needs:
+            self._abs_C += x_TC.abs().sum(0)
+        if "max" in self.needs and len(x_TC):
+            self._max_C = torch.maximum(self._max_C, x_TC.abs().amax(0))
+        if "sample" in self.needs:
+            self._rows.append(x_TC[(-self._phase) % self._stride :: self._stride].clone())
+            self._phase += x_TC.shape[0]
+            self._thin()
 
     def merge(self, other: InputStats) -> None:
+        """Add what another part of the data gave."""
         self._upper_CC += other._upper_CC
         self._abs_C += other._abs_C
+        self._max_C = torch.maximum(self._max_C, other._max_C)
+        self._rows += other._rows
         self.tokens += other.tokens
+        self._thin()
+
+    def finite(self) -> bool:
+        """Whether every input was a number, and small enough to be squared."""
+        parts = (self._upper_CC.diagonal(), self._abs_C, self._max_C, *self._rows)
+        return all(bool(torch.isfinite(part).all()) for part in parts)
 
     @property
     def gram(self) -> torch.Tensor:
+        self._check("gram")
         upper = self._upper_CC.triu()
         return upper + upper.triu(1).T
 
     @property
     def mean_abs(self) -> torch.Tensor:
+        self._check("mean")
         return self._abs_C / max(self.tokens, 1)
+
+    @property
+    def max_abs(self) -> torch.Tensor:
+        self._check("max")
+        return self._max_C
+
+    @property
+    def sample(self) -> torch.Tensor:
+        self._check("sample")
+        return torch.cat(self._rows) if self._rows else torch.zeros(0, len(self._max_C))
+
+    def _thin(self) -> None:
+        while sum(map(len, self._rows)) > _SAMPLE:
+            self._rows = [torch.cat(self._rows)[::2]]
+            self._stride *= 2
+
+    def _check(self, what: str) -> None:
+        if what not in self.needs:
+            raise ValueError(f"{what} was not gathered")

@@ -13,28 +13,38 @@ Legend: N windows, T tokens of a window, C hidden width, B windows of a batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import nn
 
-from infopt.calibration.stats import InputStats
-from infopt.errors import BadInput
-from infopt.memory import release
-from infopt.model import Skeleton
-from infopt.topology import Topology
+from infopt.calibration.paused import Paused, stops
+from infopt.calibration.stats import EVERYTHING, InputStats
+from infopt.errors import BadInput, Unsupported
+from infopt.memory import memory_of, release
+from infopt.model import BlockCall, Skeleton
+from infopt.topology import Space, Topology
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
+_FREED = 32 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
 class Stream:
-    """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`."""
+    """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
+
+    hold: bytes of activations that may stay in memory while a pass through a block is stopped.
+    """
 
     def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path) -> None:
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
+        self.hold = 0
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -56,31 +66,93 @@ class Stream:
 
     def holds(self, i: int, digest: str) -> bool:
         """Whether the input of block i is on disk, whole and unchanged."""
-        path = self._path(i)
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        return self._path(i).is_file() and _digest(self._path(i)) == digest
 
     @torch.no_grad()
-    def gather(self, i: int, block: nn.Module, topology: Topology) -> dict[str, InputStats]:
+    def gather(
+        self, i: int, block: nn.Module, topology: Topology, needs: frozenset[str] = EVERYTHING
+    ) -> dict[str, InputStats]:
         """The statistics of every space of block i, by the space's name, from one forward pass.
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
-        stats = {space.name: InputStats(space.width) for space in topology.spaces}
+        stats = {space.name: InputStats(space.width, needs) for space in topology.spaces}
         with _muted(block, topology), _observed(block, topology, stats):
             for _ in self._outputs(i, block):
                 pass
         for space in topology.spaces:
-            if not bool(torch.isfinite(stats[space.name].mean_abs).all()):
-                name = f"{self._skeleton.blocks[i]}.{space.readers[0]}"
-                raise BadInput(
-                    f"{name} receives NaN or infinite activations",
-                    "the model overflows or its weights are damaged",
-                    "check it with `infopt eval MODEL`",
-                )
+            self._check_finite(i, space, stats[space.name])
         return stats
+
+    @torch.no_grad()
+    def walk(
+        self,
+        i: int,
+        block: nn.Module,
+        topology: Topology,
+        at_space: Callable[[Space, InputStats], None],
+        needs: frozenset[str] = EVERYTHING,
+    ) -> str | None:
+        """Gather and advance in one forward pass: `at_space` gets a space's statistics before any reader of it has run,
+        and may change the readers' weights. Returns the digest of block i+1's input; None after the last block.
+
+        A space that no token reaches is handed over with empty statistics.
+        """
+        last = i + 1 == len(self._skeleton.blocks)
+        stats: dict[str, InputStats] = {}
+        waiting: dict[int, str] = {}
+        held: dict[str, int] = defaultdict(int)
+        freed = [0]
+
+        def go_on(batch: int, forward: Paused, output: BinaryIO) -> None:
+            answer = forward.resume()
+            if isinstance(answer, torch.Tensor):
+                output.seek(self._batches[batch].start * self._window_bytes)
+                answer = answer.float().contiguous()
+                output.write(memory_of(answer))
+                return
+            space, x = answer
+            waiting[batch] = space.name
+            if space.name not in stats:
+                stats[space.name] = InputStats(space.width, needs)
+            stats[space.name].add(x)
+            del answer, x
+            size = forward.nbytes
+            if held[space.name] + size <= self.hold:
+                held[space.name] += size
+                return
+            forward.park()
+            freed[0] += size
+            if freed[0] > _FREED:
+                freed[0] = 0
+                release()
+
+        with (
+            stops(block, topology),
+            self._path(i).open("rb") as file,
+            Path(os.devnull if last else self._path(i + 1)).open("wb") as output,
+        ):
+            forwards = []
+            for batch, windows in enumerate(self._batches):
+                run = partial(self._call(i, windows).run, block)
+                forwards.append(Paused(run, self._read(file, len(windows)), self._folder))
+                go_on(batch, forwards[batch], output)
+            for space in topology.spaces:
+                found = stats.pop(space.name, None) or InputStats(space.width, needs)
+                self._check_finite(i, space, found)
+                at_space(space, found)
+                for batch in [batch for batch, name in waiting.items() if name == space.name]:
+                    if last and space is topology.spaces[-1]:
+                        break  # nobody reads what comes out of the model here
+                    del waiting[batch]
+                    go_on(batch, forwards[batch], output)
+        if waiting and not last:
+            raise Unsupported(
+                f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
+                "Its layers cannot be quantized one space after another.",
+                "Use `--sequential block`.",
+            )
+        return None if last else _digest(self._path(i + 1))
 
     @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> str:
@@ -93,32 +165,48 @@ class Stream:
 
     def _outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         with self._path(i).open("rb") as file:
-            for batch in self._batches:
-                call = self._skeleton.calls(len(batch), self._windows_NT.shape[1])[i]
-                yield call.run(block, self._read(file, len(batch)))
+            for windows in self._batches:
+                yield self._call(i, windows).run(block, self._read(file, len(windows)))
 
-    def _read(self, file, windows: int) -> torch.Tensor:
-        length = self._windows_NT.shape[1]
-        width = self._width
-        data = np.fromfile(file, np.float32, windows * length * width)
-        return torch.from_numpy(data).view(windows, length, width)
+    def _call(self, i: int, windows: range) -> BlockCall:
+        return self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+
+    def _read(self, file: BufferedReader, windows: int) -> torch.Tensor:
+        hidden_BTC = torch.empty(windows, self._windows_NT.shape[1], self._width)
+        file.readinto(memory_of(hidden_BTC))
+        return hidden_BTC
 
     def _write(self, i: int, hidden: Iterator[torch.Tensor]) -> str:
-        digest = hashlib.sha256()
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(i).open("wb") as file:
             for hidden_BTC in hidden:
-                data = hidden_BTC.float().contiguous().numpy().data
-                digest.update(data)
-                file.write(data)
-        return digest.hexdigest()
+                hidden_BTC = hidden_BTC.float().contiguous()
+                file.write(memory_of(hidden_BTC))
+        return _digest(self._path(i))
+
+    def _check_finite(self, i: int, space: Space, stats: InputStats) -> None:
+        if not stats.finite():
+            raise BadInput(
+                f"{self._skeleton.blocks[i]}.{space.readers[0]} receives NaN or infinite activations",
+                "the model overflows or its weights are damaged",
+                "check it with `infopt eval MODEL`",
+            )
 
     @property
     def _width(self) -> int:
         return self._skeleton.config.get_text_config().hidden_size
 
+    @property
+    def _window_bytes(self) -> int:
+        return 4 * self._windows_NT.shape[1] * self._width
+
     def _path(self, i: int) -> Path:
         return self._folder / f"hidden-{i:05d}.f32"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -23,13 +23,23 @@ Text = str | None
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    method: Annotated[Text, typer.Option(help="rtn, awq, gptq or awq+gptq; see `infopt recipe list`.")] = None,
+    method: Annotated[
+        Text, typer.Option(help="rtn, awq, gptq, smoothquant, fp8, ...; see `infopt recipe list`.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file instead of --method.")] = None,
-    scheme: Annotated[Text, typer.Option(help="Short for --bits: W2A16, W3A16, W4A16 or W8A16.")] = None,
+    scheme: Annotated[
+        Text, typer.Option(help="W2A16 to W8A16, W8A8, W8A8_STATIC, W4A8, W4AFP8, FP8, FP8_DYNAMIC, FP8_BLOCK.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
-    group_size: Annotated[Text, typer.Option(help="32, 64, 128 or channel: columns that share a scale.")] = None,
+    group_size: Annotated[
+        Text, typer.Option(help="32, 64, 128, channel, tensor or block: what shares a scale.")
+    ] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
     act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: important columns first.")] = False,
+    sequential: Annotated[
+        Text,
+        typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[
         Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")
@@ -38,6 +48,11 @@ def quantize(
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 (with zero points), awq, gguf, gguf_q8_0."),
+    ] = "compressed-tensors",
+    tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into a GGUF file.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
@@ -48,7 +63,9 @@ def quantize(
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative increase of perplexity.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
-    max_ram: Annotated[Text, typer.Option(help="Refuse to start if the run needs more, such as 8GB.")] = None,
+    max_ram: Annotated[
+        Text, typer.Option(help="Refuse to start if the run needs more; use what is left. Such as 8GB.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
@@ -58,6 +75,7 @@ def quantize(
     """
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
+        "sequential": sequential,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
@@ -66,7 +84,7 @@ def quantize(
     comparison = (verify_dataset, verify_samples) if verify else None
     if not verify and any(value is not None for value in gates.values()):
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
-    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run)
+    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer))
     if as_json:
         print(json.dumps(report, indent=2))
 
@@ -74,25 +92,22 @@ def quantize(
 def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -> Recipe:
     """The recipe that the flags describe: a named method or a file, with what was said on the command line over it."""
     from infopt import recipes
-    from infopt.recipe import load_recipe, parse_recipe
+    from infopt.recipe import load_recipe, parse_recipe, with_scheme
 
     if (method is None) == (path is None):
         raise UsageError("give either --method or --recipe", "one of them says what to do", "--method awq")
     base = recipes.named(method) if method else load_recipe(path)  # type: ignore[arg-type]
     data = base.model_dump(mode="json")
     if scheme := flags["scheme"]:
-        known = {f"W{b}A16": b for b in (2, 3, 4, 8)}
-        if scheme.upper() not in known:
-            raise UsageError(f"--scheme {scheme}", f"known: {', '.join(known)}", "--scheme W4A16")
-        if flags["bits"] not in (None, known[scheme.upper()]):
+        data = with_scheme(data, scheme)
+        if flags["bits"] not in (None, data["weights"]["bits"]):
             raise UsageError(f"--scheme {scheme} with --bits {flags['bits']}", "they contradict each other", "drop one")
-        data["weights"]["bits"] = known[scheme.upper()]
     size = flags["group_size"]
     given = {**flags, "group_size": int(size) if size and size.isdigit() else size}
     for section, keys in {"weights": ("bits", "group_size", "symmetric"),
                           "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
         data[section].update({key: given[key] for key in keys if given[key] is not None})
-    data.update({key: flags[key] for key in ("ignore", "group_fallback") if flags[key]})
+    data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
     if flags["act_order"]:
         rows = [row for row in data["steps"] if "gptq" in row]
         if not rows:
@@ -112,16 +127,22 @@ def _run(
     gates: dict[str, float | None],
     max_ram: str | None,
     dry_run: bool,
+    target: tuple[str, bool],
 ) -> dict[str, Any]:
     from infopt import recipes
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
     from infopt.checkpoint import CheckpointReader, resolve
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
+    from infopt.exporters.convert import replace_by_gguf
+    from infopt.exporters.formats import GGUF_FORMATS, named
+    from infopt.exporters.gguf_export import check_gguf
+    from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run
 
     started = time.monotonic()
+    form, tokenizer = named(target[0]), target[1]
     source = resolve(model)
     reader = CheckpointReader(source)
     if reader.config.get("quantization_config"):
@@ -130,9 +151,11 @@ def _run(
             "quantizing codes again would lose twice",
             "give the original model",
         )
+    if form.name in GGUF_FORMATS:
+        check_gguf(reader, tokenizer)
     steps = recipes.build_steps(recipe)
     windows, data_report = None, None
-    if any(step.needs_stats for step in steps):
+    if any(step.needs for step in steps):
         data = recipe.calibration
         spec = DataSpec(data.dataset, data.num_samples, data.seqlen, data.seed, data.split, data.column)
         vocab = reader.config.get("vocab_size")
@@ -141,12 +164,13 @@ def _run(
         )
         if len(windows) < data.num_samples:
             _note(f"{data.dataset}: {len(windows)} calibration windows; {data.num_samples} were asked for")
+        release()  # the tokenizer's tables
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
-        run = Run(reader, recipe, steps, out, windows, data_report)
-        _check_memory(run, max_ram)
+        run = Run(reader, recipe, steps, out, windows, data_report, form)
+        run.hold(_spare_memory(run, max_ram))
         if dry_run:
             return _plan_report(run)
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
@@ -155,6 +179,8 @@ def _run(
         verdict = None
         if compared is not None:
             verdict = _verify(out.stage, source, compared, gates)
+        if form.name in GGUF_FORMATS:
+            replace_by_gguf(out, form, tokenizer)
         out.commit()
     _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
     report = {
@@ -164,7 +190,7 @@ def _run(
     }
     if verdict:
         verdict.raise_for_gates()
-    else:
+    elif form.name not in GGUF_FORMATS:
         _note(f"not verified: `infopt verify {output} --reference {model}`")
     return report
 
@@ -179,12 +205,13 @@ def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | No
     return verdict
 
 
-def _check_memory(run: Run, limit: str | None) -> None:
+def _spare_memory(run: Run, limit: str | None) -> int:
+    """The bytes that --max-ram leaves for activations; OutOfResources if the run cannot start at all."""
     from infopt.errors import OutOfResources
     from infopt.recipes.run import memory_needed
 
     if limit is None:
-        return
+        return 0
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     digits = limit.rstrip("KMGiBkmgb ")
     unit = limit[len(digits) :].strip().upper()
@@ -199,6 +226,7 @@ def _check_memory(run: Run, limit: str | None) -> None:
             f"--max-ram allows {most / 1e9:.2f} GB; one block, its statistics and one batch must fit",
             "a shorter --seqlen or --method rtn needs less",
         )
+    return int(most - need)
 
 
 def _plan_report(run: Run) -> dict[str, Any]:

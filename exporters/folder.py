@@ -7,25 +7,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from infopt.checkpoint import CheckpointReader
+from infopt.checkpoint import CheckpointReader, contained
 from infopt.errors import Unsupported
-from infopt.exporters.compressed_tensors import QuantizedReader
+from infopt.exporters.formats import for_settings
+from infopt.exporters.quantized import QuantizedReader
+from infopt.header import read_json, show
 
 
 def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
     """The reader for a folder, by its config's quantization_config; Unsupported for formats that infopt does not read."""
     reader = CheckpointReader(folder)
-    settings = reader.config.get("quantization_config")
+    settings = reader.config.get("quantization_config") or _old_settings(reader)
     if not settings:
         return reader
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method != "compressed-tensors":
+    form = for_settings(settings)
+    if form is None:
+        names = ("quant_method", "checkpoint_format", "format", "version")
+        said = {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else settings
         raise Unsupported(
-            f"{folder}: the model is quantized already, as {method!r}",
-            "infopt reads compressed-tensors (weight-only integers) and unquantized folders",
+            f"{folder}: the model is quantized already, as {show(said)}",
+            "infopt reads compressed-tensors (weight-only integers), gptq, awq and unquantized folders",
             "give the original model",
         )
-    return QuantizedReader(folder)
+    return QuantizedReader(folder, form, settings)
+
+
+def _old_settings(reader: CheckpointReader) -> Any:
+    """What AutoGPTQ and AutoAWQ wrote beside config.json before transformers gave them a place in it."""
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        path = contained(reader.folder, name)
+        if any(key.endswith(".qweight") for key in reader.tensors) and path.exists():
+            settings = read_json(path)
+            return {"quant_method": method, **settings} if isinstance(settings, dict) else settings
+    return None
 
 
 def model_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -33,10 +47,19 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def write_folder(stage: Path, source: CheckpointReader, quantization: dict[str, Any]) -> None:
+def write_folder(
+    stage: Path,
+    source: CheckpointReader,
+    quantization: dict[str, Any] | None,
+    changed: dict[str, Any] | None = None,
+) -> None:
     """Everything but the weights: config.json with `quantization_config` added, all other keys and their spelling kept
-    (transformers 5 rewrites rope settings in a way that version 4 misreads), and the source's side files byte for byte."""
-    config = {**model_config(source.config), "quantization_config": quantization}
+    (transformers 5 rewrites rope settings in a way that version 4 misreads), and the source's side files byte for byte.
+
+    quantization: None for plain weights. changed: keys of config.json with a new value."""
+    config = {**model_config(source.config), **(changed or {})}
+    if quantization is not None:
+        config["quantization_config"] = quantization
     (stage / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in source.side_files():
         target = stage / path.relative_to(source.folder)

@@ -97,6 +97,36 @@ def convert_gguf(path: Path, output: Path, dtype: torch.dtype = torch.bfloat16, 
     )
 
 
+def gguf_tensors(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The file's tensors under their Hugging Face names, dequantized, in the order of the file. Raises as `convert_gguf`."""
+    header = read_gguf_header(path)
+    _check_counts(header)
+    return _stream(_plan(header, _skeleton(header)), dtype)
+
+
+def gguf_config(path: Path) -> Any:
+    """The transformers config that the file describes. Raises as `convert_gguf`."""
+    header = read_gguf_header(path)
+    _check_counts(header)
+    return _skeleton(header).config
+
+
+def gguf_processor(architecture: str, model: nn.Module) -> Any:
+    """transformers' undoing of what GGUF changes in this architecture's tensors."""
+    return _tables().TENSOR_PROCESSORS.get(architecture, _tables().TensorProcessor)(config=_config(model))
+
+
+def gguf_names(model: nn.Module, processor: Any, architecture: str | None = None) -> dict[str, str]:
+    """{GGUF name: Hugging Face name} for the model's tensors; Unsupported where the gguf package does not know it.
+
+    architecture: whose names, where they are not those of the model's own type.
+    """
+    try:
+        return dict(_tables().get_gguf_hf_weights_map(model, processor, architecture))
+    except NotImplementedError as error:
+        raise Unsupported("GGUF has no names for this model", str(error), "pip install --upgrade gguf") from error
+
+
 def _write_weights(stream: Iterator[tuple[str, torch.Tensor]], folder: OutputFolder) -> dict[str, int]:
     """Write the tensors as they come, then merge the parts to shards; gives the number of values of each tensor."""
     parts: list[Path] = []
@@ -152,6 +182,9 @@ def _skeleton(header: GGUFHeader) -> nn.Module:
         embedding = header.tensors.get("token_embd.weight")
         if embedding is not None:  # the file's table of texts may be shorter than its padded embedding
             config.vocab_size = embedding.shape[0]
+        head = header.values.get(f"{header.architecture}.attention.key_length")
+        if type(head) is int and head > 0 and hasattr(config, "head_dim"):  # transformers reads it for some types only
+            config.head_dim = head
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except _MODEL_FAILURES as error:
@@ -205,12 +238,8 @@ class _Plan:
 
 
 def _plan(header: GGUFHeader, model: nn.Module) -> _Plan:
-    tables = _tables()
-    processor = tables.TENSOR_PROCESSORS.get(header.architecture, tables.TensorProcessor)(config=_config(model))
-    try:
-        names = dict(tables.get_gguf_hf_weights_map(model, processor))
-    except NotImplementedError as error:
-        raise Unsupported(f"{header.path} cannot be converted", str(error), "pip install --upgrade gguf") from error
+    processor = gguf_processor(header.architecture, model)
+    names = gguf_names(model, processor)
     targets = {}
     for name in header.tensors:
         key = name if name in names else name.removesuffix(".weight")  # stacked experts are listed without it

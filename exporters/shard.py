@@ -47,6 +47,10 @@ _OTHER_WEIGHTS = (
 )
 
 
+#: Where older tools keep what config.json's quantization_config says today.
+_OLD_SETTINGS = ("quantize_config.json", "quant_config.json")
+
+
 @dataclass
 class _Plan:
     ops: dict[str, OpCut] = field(default_factory=dict)
@@ -130,7 +134,8 @@ def write_shards(
         folder = output.stage / name
         folder.mkdir(parents=True)
         merge_shards(parts, folder)
-        shutil.copyfile(reader.folder / "config.json", folder / "config.json")
+        for config in ("config.json", *(old for old in _OLD_SETTINGS if old in described.files)):
+            shutil.copyfile(contained(reader.folder, config), folder / config)
         shutil.rmtree(work / name)
     _write_source(reader.folder, described, output.stage / SOURCE)
     write_json(output.stage / SHARDS, described.to_json())
@@ -167,7 +172,7 @@ def _stored(reader: CheckpointReader) -> Mapping[str, TensorInfo]:
 
 
 def _quantized(reader: CheckpointReader) -> Mapping[str, Grid]:
-    return getattr(reader, "quantized", {})
+    return {**getattr(reader, "quantized", {}), **getattr(reader, "ordered", {})}
 
 
 def _dtype(reader: CheckpointReader, key: str) -> str:

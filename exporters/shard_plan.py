@@ -45,6 +45,9 @@ SIDES: dict[str, tuple[str, ...]] = {
     "scales": ("columns", "rows"),
     "g_idx": ("columns",),
 }
+#: One entry for each group of rows and columns, as the grid says; zero points may be packed along the rows.
+PER_GROUP = {"weight_scale", "weight_scale_inv", "weight_zero_point", "scales", "qzeros"}
+ZEROS = {"weight_zero_point", "qzeros"}
 WHOLE = {"input_scale", "input_zero_point", "input_global_scale", "weight_global_scale", "weight_scale_2"}
 PADDABLE = {"weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"}
 
@@ -71,6 +74,9 @@ class Layer:
         axis = sides.index(side)
         stored, logical = info.shape[axis], self.shape[0 if side == "rows" else 1]
         bits = self.grid.bits if self.grid else 0
+        if self.grid is not None and suffix in PER_GROUP and not (suffix in ZEROS and side == "rows"):
+            size = self.grid.rows if side == "rows" else self.grid.group
+            return None if size is None else (axis, Fraction(1, size))
         if stored == logical:
             return axis, Fraction(1)
         if bits and info.dtype in (torch.int32, torch.uint32) and stored == -(-logical * bits // 32):
@@ -146,7 +152,7 @@ class Split:
 
     def _arithmetic(self, layer: Layer, side: str, suffix: str, unit: Fraction, mine: int) -> str:
         total = layer.shape[0 if side == "rows" else 1]
-        by_group = side == "columns" and suffix in ("weight_zero_point", "qzeros")
+        by_group = side == "columns" and suffix in ZEROS
         if layer.stored[suffix].dtype in (torch.int32, torch.uint32) and suffix != "g_idx" and not by_group:
             bits = layer.grid.bits if layer.grid else 0
             return f"{mine} {side} x {bits} bits = {mine * bits} bits ({suffix}) are not whole words of 32 bits"

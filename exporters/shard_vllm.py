@@ -112,7 +112,7 @@ def _block(shards: OpenShards, reader: CheckpointReader, rank: int, i: int) -> T
 
 def _fuse(parts: list[torch.Tensor], suffix: str) -> torch.Tensor:
     if suffix == "weight_shape":
-        return torch.stack([sum(part[0] for part in parts), parts[0][1]])
+        return torch.stack([torch.stack([part[0] for part in parts]).sum(), parts[0][1]])
     return torch.cat(parts, SIDES[suffix].index("rows"))
 
 

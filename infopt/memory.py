@@ -1,4 +1,4 @@
-"""Giving freed memory back to the system.
+"""Memory by hand: giving freed memory back to the system, and a tensor's bytes.
 
 glibc keeps freed pieces of up to 32 MiB for itself, once it has seen larger ones freed, and a decoder block is made of
 such pieces: streaming a 135M model through one block at a time grew from 450 to 950 MB of resident memory, all of it
@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def release() -> None:
@@ -19,3 +23,11 @@ def release() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def memory_of(x: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """A contiguous tensor's bytes, to be read or written in place while the tensor lives.
+
+    Not by way of numpy, which fixes the size of a storage for good.
+    """
+    return (ctypes.c_char * x.nbytes).from_address(x.data_ptr())

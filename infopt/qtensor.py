@@ -12,12 +12,17 @@ from infopt.grid import Grid
 
 @dataclass(frozen=True)
 class QTensor:
-    """codes uint8 [O, I] in 0..2^b-1, scale [O, G] in `grid.scale_dtype`, zero uint8 [O, G]: W = (codes - zero) * scale."""
+    """codes uint8 [O, I] as `grid.pack` makes them, scale [R, G] in `grid.scale_dtype`, zero uint8 [R, G]:
+    W = (codes - zero) * scale.
+
+    input_scale: fp32 [1], where the grid says that the layer's inputs are rounded, and not dynamically.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
     grid: Grid
+    input_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -26,13 +31,14 @@ class QTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [O, I], computed in fp32 and rounded once to `dtype`."""
         rows, columns = self.shape
-        w_OGK = self.codes.view(rows, self.scale.shape[1], -1).float()
-        w_OGK.sub_(self.zero.float()[..., None]).mul_(self.scale.float()[..., None])
-        return w_OGK.view(rows, columns).to(dtype)
+        scale, zero = (self.grid.spread(part.float(), rows, columns) for part in (self.scale, self.zero))
+        w_OGK = self.grid.unpack(self.codes).view(*scale.shape[:2], -1)
+        return w_OGK.sub_(zero).mul_(scale).view(rows, columns).to(dtype)
 
     def digest(self) -> str:
-        """sha256 of the codes, scales and zero points: two tensors with one digest mean the same numbers, bit for bit."""
+        """sha256 of everything that decides the layer's arithmetic: one digest means the same numbers, bit for bit."""
         total = hashlib.sha256(repr((self.grid, self.shape)).encode())
-        for part in (self.codes, self.scale, self.zero):
-            total.update(part.reshape(-1).view(torch.uint8).numpy().data)
+        for part in (self.codes, self.scale, self.zero, self.input_scale):
+            if part is not None:
+                total.update(part.reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()

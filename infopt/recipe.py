@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infopt.errors import BadInput, UsageError
 
@@ -26,11 +26,34 @@ class _Strict(BaseModel):
 
 
 class WeightScheme(_Strict):
-    """The numeric type of the weights. group_size: columns that share a scale, or "channel"."""
+    """The numeric type of the weights: integers of some bits, or floats of 8 (E4M3). group_size: columns that share a
+    scale, "channel" (an output channel), "tensor" (all), or "block" (128 x 128)."""
 
+    type: Literal["int", "float"] = "int"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128, "channel"] = 128
+    group_size: Literal[32, 64, 128, "channel", "tensor", "block"] = 128
     symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _one_float(self) -> WeightScheme:
+        if self.type == "float" and not (self.bits == 8 and self.symmetric):
+            raise ValueError("floats have 8 bits and no zero points: `bits: 8, symmetric: true`")
+        return self
+
+
+class InputScheme(_Strict):
+    """How the inputs of every quantized layer are rounded, to 8 bits. dynamic: by each token's own maximum (or that of
+    each `group_size` columns of a token) when the model runs; otherwise by one scale per layer, from calibration."""
+
+    type: Literal["int", "float"] = "int"
+    dynamic: bool = True
+    group_size: Literal[128] | None = None
+
+    @model_validator(mode="after")
+    def _group_is_dynamic(self) -> InputScheme:
+        if self.group_size and not self.dynamic:
+            raise ValueError("a static scale is one for the whole tensor: leave group_size out")
+        return self
 
 
 class CalibrationData(_Strict):
@@ -45,7 +68,11 @@ class CalibrationData(_Strict):
 
 
 class Recipe(_Strict):
-    """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths.
+    """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths. inputs: how
+    the inputs of quantized layers are rounded, None if they are not.
+
+    sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
+    quantized blocks before its own (`block`).
 
     group_fallback: what happens to a layer whose columns the group size does not divide: `error`, `adjust` (the largest
     group that divides, else the channel) or `skip` (left unquantized, in the report).
@@ -54,13 +81,41 @@ class Recipe(_Strict):
     name: str = "custom"
     description: str = ""
     steps: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1, strict=False)
+    sequential: Literal["space", "block"] = "block"
     weights: WeightScheme = WeightScheme()
+    inputs: InputScheme | None = None
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
     calibration: CalibrationData = CalibrationData()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+_CHANNELS = {"type": "int", "bits": 8, "group_size": "channel", "symmetric": True}
+_FLOATS = {**_CHANNELS, "type": "float"}
+#: The names that servers use for pairs of weight and input types; what a scheme leaves open stays as the recipe has it.
+SCHEMES: dict[str, dict[str, Any]] = {
+    **{f"W{bits}A16": {"weights": {"type": "int", "bits": bits}, "inputs": None} for bits in (2, 3, 4, 8)},
+    "W8A8": {"weights": _CHANNELS, "inputs": {"type": "int"}},
+    "W8A8_STATIC": {"weights": _CHANNELS, "inputs": {"type": "int", "dynamic": False}},
+    "FP8": {"weights": {**_FLOATS, "group_size": "tensor"}, "inputs": {"type": "float", "dynamic": False}},
+    "FP8_DYNAMIC": {"weights": _FLOATS, "inputs": {"type": "float"}},
+    "FP8_BLOCK": {"weights": {**_FLOATS, "group_size": "block"}, "inputs": {"type": "float", "group_size": 128}},
+    "W4A8": {"weights": {"type": "int", "bits": 4}, "inputs": {"type": "int"}},
+    "W4AFP8": {"weights": {"type": "int", "bits": 4}, "inputs": {"type": "float"}},
+}
+
+
+def with_scheme(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """A recipe's plain data with the types of the scheme, and the step that static inputs need; UsageError for others."""
+    scheme = SCHEMES.get(name.upper())
+    if scheme is None:
+        raise UsageError(f"--scheme {name}", did_you_mean(name.upper(), list(SCHEMES)), "--scheme W4A16")
+    steps = [row for row in data["steps"] if "input_scale" not in row]
+    if scheme["inputs"] and scheme["inputs"].get("dynamic") is False:
+        steps = [*steps, {"input_scale": {}}]
+    return {**data, "weights": {**data["weights"], **scheme["weights"]}, "inputs": scheme["inputs"], "steps": steps}
 
 
 def parse_recipe(data: Any, source: str) -> Recipe:
@@ -122,7 +177,11 @@ def match_ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
 
 
 def _fields(location: tuple[Any, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"weights": WeightScheme, "calibration": CalibrationData}
+    models: dict[str, type[BaseModel]] = {
+        "weights": WeightScheme,
+        "inputs": InputScheme,
+        "calibration": CalibrationData,
+    }
     model = models.get(str(location[0]), Recipe) if location else Recipe
     return list(model.model_fields)
 

@@ -54,12 +54,14 @@ class PreparedLinear:
 
 def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
     """The kernel for this weight; `packed` falls back to `exact` outside torch's limits, and `.kernel` tells."""
-    if precision == "packed":
+    if precision == "packed" and q.grid.kind == "int" and q.grid.rows == 1 and q.grid.inputs is None:
         if (group := _int4_group(q)) is not None:
             return _int4pack(q, group)
         if _fits_int8(q):
             return _int8pack(q)
     w_OI = q.dequantize(torch.float32)
+    if (inputs := q.grid.inputs) is not None:
+        return PreparedLinear("fp32", lambda x_TI: F.linear(inputs.round(x_TI, q.input_scale), w_OI))
     return PreparedLinear("fp32", lambda x_TI: F.linear(x_TI.to(torch.float32), w_OI))
 
 

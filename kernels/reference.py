@@ -1,6 +1,6 @@
 """What each quantized operation means, in plain torch and fp32. Every fast kernel is tested against this file.
 
-    y = x W^T + b,   W = (codes - zero) * scale
+    y = r(x) W^T + b,   W = (codes - zero) * scale,   r: how the grid says that inputs are rounded, if it does
 
 Nothing here is fast, and nothing here may be clever.
 
@@ -19,4 +19,5 @@ from infopt.qtensor import QTensor
 def linear(x_TI: Tensor, q: QTensor, bias_O: Tensor | None = None) -> Tensor:
     """y [..., O] in fp32 for x [..., I] of any floating dtype; the weight is dequantized in fp32 on every call."""
     bias = None if bias_O is None else bias_O.to(torch.float32)
-    return F.linear(x_TI.to(torch.float32), q.dequantize(torch.float32), bias)
+    x_TI = x_TI.to(torch.float32) if q.grid.inputs is None else q.grid.inputs.round(x_TI, q.input_scale)
+    return F.linear(x_TI, q.dequantize(torch.float32), bias)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from infopt.grid import Grid
-from infopt.quantizers.rounding import choose_range
-from infopt.quantizers.work import BlockWork
+from infopt.quantizers.rounding import choose_range, round_nearest
+from infopt.quantizers.work import BlockWork, obstacle, shared
 from infopt.topology import Space
 
 _COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -65,51 +65,25 @@ def search(
 
 def _rounding_error(w_OI: torch.Tensor, grid: Grid, s_C: torch.Tensor, h_CC: torch.Tensor) -> float:
     scaled_OI = w_OI * s_C
-    scale_OG, zero_OG = (part[..., None] for part in choose_range(scaled_OI, grid, ratios=(1.0,)))
-    w_OGK = scaled_OI.view(len(w_OI), -1, grid.width(w_OI.shape[1]))
-    q_OGK = grid.decode(grid.encode(w_OGK, scale_OG, zero_OG), scale_OG, zero_OG)
-    return output_error(q_OGK.view_as(w_OI).div_(s_C).sub_(w_OI), h_CC)
+    q_OI = round_nearest(scaled_OI, grid, *choose_range(scaled_OI, grid, ratios=(1.0,))).dequantize()
+    return output_error(q_OI.div_(s_C).sub_(w_OI), h_CC)
 
 
 @dataclass(frozen=True)
 class AWQScale:
     """Step `awq_scale`: search and fold one scale per space, for spaces whose readers are to be quantized."""
 
-    needs_stats = True
+    needs = frozenset({"gram", "mean"})
+    rewrites = True
 
-    def __call__(self, work: BlockWork) -> None:
-        for space in work.topology.spaces:
-            weights = [(work.weight(op), grid) for op, grid in work.targets(space)]
-            if not weights:
-                continue
-            if reason := obstacle(work, space, len(weights)):
-                work.notes.append(f"{space.name}: no AWQ scale ({reason})")
-                continue
-            mean_abs_C = shared(work.mean_abs(space), space)
-            alpha, least, plain = search(weights, work.gram(space), mean_abs_C)
-            if least < plain:
-                work.scale_space(space, scale_for(mean_abs_C, alpha))
-
-
-def obstacle(work: BlockWork, space: Space, targets: int) -> str:
-    """Why the space cannot be scaled, or nothing. Layers that stay as they are must not change by a scale's rounding."""
-    if space.fold is None:
-        return space.reason
-    if targets < len(space.readers):
-        return "some of its readers stay as they are"
-    if space.fold.law == "linear" and space.fold.writer not in work.grids:
-        return f"its writer {space.fold.writer} stays as it is"
-    return ""
-
-
-def shared(x_C: torch.Tensor, space: Space) -> torch.Tensor:
-    """Each column's value replaced by the mean over the columns that the same writer channel feeds."""
-    if space.fold is None or space.fold.rows is None:
-        return x_C
-    rows = torch.tensor(space.fold.rows)
-    size = int(rows.max()) + 1
-    total, count = (
-        torch.zeros(size).index_add_(0, rows, x_C),
-        torch.zeros(size).index_add_(0, rows, torch.ones_like(x_C)),
-    )
-    return (total / count.clamp_min(1))[rows]
+    def __call__(self, work: BlockWork, space: Space) -> None:
+        weights = [(work.weight(op), grid) for op, grid in work.targets(space)]
+        if not weights:
+            return
+        if reason := obstacle(work, space, len(weights)):
+            work.notes.append(f"{space.name}: no AWQ scale ({reason})")
+            return
+        mean_abs_C = shared(work.mean_abs(space), space, "mean")
+        alpha, least, plain = search(weights, work.gram(space), mean_abs_C)
+        if least < plain:
+            work.scale_space(space, scale_for(mean_abs_C, alpha))

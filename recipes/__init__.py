@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from infopt.errors import UsageError
+from infopt.quantizers.activations import InputScale
 from infopt.quantizers.awq import AWQScale
 from infopt.quantizers.gptq import GPTQ
 from infopt.quantizers.rounding import Round
+from infopt.quantizers.smoothquant import Smooth
 from infopt.quantizers.work import Step
 from infopt.recipe import Recipe, did_you_mean, load_recipe
 
-STEPS: dict[str, type] = {"awq_scale": AWQScale, "gptq": GPTQ, "round": Round}
+STEPS: dict[str, type] = {
+    "awq_scale": AWQScale,
+    "gptq": GPTQ,
+    "input_scale": InputScale,
+    "round": Round,
+    "smooth": Smooth,
+}
 
 
 def build_steps(recipe: Recipe) -> list[Step]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from infopt.errors import UsageError
-from infopt.grid import GROUPS, Grid
+from infopt.grid import GROUPS, Grid, Inputs
 from infopt.model import Skeleton
 from infopt.recipe import Recipe, match_ignored
 
@@ -69,16 +69,37 @@ def columns_of(module: nn.Module) -> int:
     return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
 
 
+def out_in(module: nn.Module) -> tuple[int, int]:
+    """[O, I] of a linear module, whichever way it keeps its weight."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
 def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid | None:
     block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
     key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
     stored = skeleton.weights.tensors[key].dtype
-    weights = recipe.weights
-    size = None if weights.group_size == "channel" else weights.group_size
-    grid = Grid(weights.bits, size, weights.symmetric, stored if stored in _SCALE_DTYPES else torch.float32)
+    weights, size = recipe.weights, recipe.weights.group_size
+    group, rows = {"channel": (None, 1), "tensor": (None, None), "block": (128, 128)}.get(size, (size, 1))
+    grid = Grid(
+        weights.bits,
+        group,  # type: ignore[arg-type]  # a number, or one of the words above
+        weights.symmetric,
+        stored if stored in _SCALE_DTYPES else torch.float32,
+        kind=weights.type,
+        rows=rows,
+        inputs=_inputs(recipe),
+    )
     if grid.fits(columns) or recipe.group_fallback == "error":
         return grid
     if recipe.group_fallback == "skip":
         return None
     fitting = [size for size in GROUPS if size < grid.width(columns) and columns % size == 0]
-    return Grid(grid.bits, max(fitting, default=None), grid.symmetric, grid.scale_dtype)
+    return replace(grid, group=max(fitting, default=None))
+
+
+def _inputs(recipe: Recipe) -> Inputs | None:
+    if recipe.inputs is None:
+        return None
+    return Inputs(recipe.inputs.type, recipe.inputs.dynamic, recipe.inputs.group_size)

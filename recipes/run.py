@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from torch import nn
 
 import infopt
 from infopt.calibration.discover import discover, structure_key
+from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput
 from infopt.exporters import compressed_tensors
 from infopt.exporters.folder import model_config, write_folder
+from infopt.exporters.formats import check
+from infopt.exporters.quantized import Format
 from infopt.header import read_json
 from infopt.memory import release
 from infopt.model import Skeleton
@@ -36,8 +39,8 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
-from infopt.recipes.plan import columns_of, plan
-from infopt.topology import Topology
+from infopt.recipes.plan import Plan, columns_of, out_in, plan
+from infopt.topology import Space, Topology
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,28 @@ class Run:
         output: OutputFolder,
         windows_NT: torch.Tensor | None,
         data_report: dict[str, Any] | None = None,
+        form: Format = compressed_tensors.FORMAT,
     ) -> None:
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
-        self.plan = plan(self.skeleton, recipe)
+        self.form = form
+        self.plan = self._held(plan(self.skeleton, recipe))
         self.data_report = data_report
         self._parts = output.work / "parts"
         self._stream = None
-        if any(step.needs_stats for step in steps):
+        if any(step.needs for step in steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
+
+    def _held(self, made: Plan) -> Plan:
+        """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""
+        grids = {name: self.form.settled(grid) for name, grid in made.grids.items()}
+        modules = {name: self.skeleton.model.get_submodule(name) for name in grids}
+        check(self.form, {name: (grid, out_in(modules[name])) for name, grid in grids.items()})
+        return replace(made, grids=grids)
 
     @property
     def blocks(self) -> int:
@@ -95,6 +107,11 @@ class Run:
     @property
     def batch_tokens(self) -> int:
         return self._stream.batch_tokens if self._stream else 0
+
+    def hold(self, nbytes: int) -> None:
+        """Let so many bytes of activations stay in memory while the passes through a block are stopped."""
+        if self._stream:
+            self._stream.hold = nbytes
 
     def __call__(self, resume: bool, on_block: Callable[[BlockReport, bool], None]) -> list[BlockReport]:
         """Quantize every block, then assemble the folder in `output.stage` with its manifest (not yet committed).
@@ -122,6 +139,7 @@ class Run:
         parts = {
             "source": self.reader.fingerprint(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "format": self.form.name,
             "data": (self.data_report or {}).get("sha256"),
             "threads": torch.get_num_threads(),
             "versions": _versions(),
@@ -184,17 +202,16 @@ class Run:
                 for op in topology.linears()
                 if (p := f"{name}.{op.name}") in self.plan.grids
             },
-            stats=self._stream.gather(i, block, topology) if self._stream else {},
+            stats={},
             stored={f"{op.name}.weight": self._stored_dtype(i, op.name) for op in topology.ops if op.kind == "norm"},
         )
-        for step in self.steps:
-            step(work)
+        try:
+            layers, hidden = self._quantize(i, work)
+        finally:
+            work.close()
         missed = [op for op in self._planned(i) if op not in work.results]
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
-        layers = self._install(i, work)
-        last = i + 1 == self.blocks
-        hidden = self._stream.advance(i, block) if self._stream and not last else None
         self._write_part(i, work)
         report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), work.notes, hidden,
                              _file_digest(self._part_path(i)))  # fmt: skip
@@ -204,6 +221,34 @@ class Run:
         self.skeleton.free_block(i)
         release()
         return report
+
+    def _quantize(self, i: int, work: BlockWork) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input)."""
+        rewriting = [step for step in self.steps if step.rewrites]
+        rounding = [step for step in self.steps if not step.rewrites]
+        by_space = self.recipe.sequential == "space" and any(step.needs for step in rounding)
+        layers: dict[str, dict[str, Any]] = {}
+
+        def round_space(space: Space, found: InputStats | None = None) -> None:
+            if found is not None:
+                work.observe(space, found)
+            for step in rounding:
+                step(work, space)
+            layers.update(self._install(i, work, space))
+            work.forget(space)  # a space is done when its readers are
+
+        if self._stream and (rewriting or not by_space):
+            needs = _needs(rewriting if by_space else self.steps)
+            work.stats.update(self._stream.gather(i, work.block, work.topology, needs))
+        for step in rewriting:
+            for space in work.topology.spaces:
+                step(work, space)
+        if self._stream and by_space:
+            return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding))
+        for space in work.topology.spaces:
+            round_space(space)
+        last = i + 1 == self.blocks
+        return layers, self._stream.advance(i, work.block) if self._stream and not last else None
 
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
@@ -224,34 +269,34 @@ class Run:
     def _stored_dtype(self, i: int, op_name: str) -> torch.dtype:
         return self.reader.tensors[self.skeleton.weight_key(i, op_name)].dtype
 
-    def _install(self, i: int, work: BlockWork) -> dict[str, dict[str, Any]]:
-        """Put the dequantized weights into the block; what the reports and `verify` need to know of each layer."""
+    def _install(self, i: int, work: BlockWork, space: Space) -> dict[str, dict[str, Any]]:
+        """Put the dequantized weights of a space's readers into the block; what the reports and `verify` need to know."""
         layers = {}
-        for space in work.topology.spaces:
-            for op in work.topology.readers(space):
-                if op.name not in work.results:
-                    continue
-                q = work.results[op.name]
-                w_OI, q_OI = work.weight(op), q.dequantize()
-                error = None
-                if space.name in work.stats:
-                    gram = work.gram(space)
-                    error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
-                layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
-                    "bits": q.grid.bits,
-                    "group_size": q.grid.group or "channel",
-                    "symmetric": q.grid.symmetric,
-                    "error": error,
-                    "digest": q.digest(),
-                }
-                w_OI.copy_(q_OI)
+        for op in work.topology.readers(space):
+            if op.name not in work.results:
+                continue
+            q = work.results[op.name]
+            w_OI, q_OI = work.weight(op), q.dequantize()
+            error = None
+            if space.name in work.stats and "gram" in work.stats[space.name].needs:
+                gram = work.gram(space)
+                error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
+            layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
+                "type": q.grid.kind,
+                "bits": q.grid.bits,
+                "group_size": q.grid.group if q.grid.strategy == "group" else q.grid.strategy,
+                "symmetric": q.grid.symmetric,
+                "error": error,
+                "digest": q.digest(),
+            }
+            work.install(op)
         return layers
 
     def _write_part(self, i: int, work: BlockWork) -> None:
         replaced: dict[str, dict[str, torch.Tensor]] = {}
         for op, q in work.results.items():
             key = self.skeleton.weight_key(i, op)
-            replaced[key] = compressed_tensors.encode(key.removesuffix(".weight"), q)
+            replaced[key] = self.form.encode(key.removesuffix(".weight"), q)
         for path in work.rewritten - _weights(work.results):
             key = self.skeleton.tensor_key(i, path)
             value = work.block.get_parameter(path).data.to(self.reader.tensors[key].dtype)
@@ -271,7 +316,7 @@ class Run:
         write_safetensors(outer, {key: self.reader.get(key) for key in keys})
         merge_shards([outer, *(self._part_path(i) for i in range(self.blocks))], stage)
         linear_kept = [n for n in self.plan.kept if isinstance(self.skeleton.model.get_submodule(n), nn.Linear)]
-        settings = compressed_tensors.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
+        settings = self.form.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
         write_folder(stage, self.reader, settings)
         (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         write_json(stage / "infopt.json", self._summary(reports))
@@ -295,6 +340,10 @@ class Run:
             "rewritten": [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
             "kept": self.plan.kept,
         }
+
+
+def _needs(steps: list[Step]) -> frozenset[str]:
+    return frozenset().union(*(step.needs for step in steps))
 
 
 def _check_finite(block: nn.Module, skeleton: Skeleton, i: int) -> None:

@@ -17,8 +17,8 @@ import torch
 from infopt import kernels
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import InfoptError, VerificationFailed
-from infopt.exporters.compressed_tensors import QuantizedReader
 from infopt.exporters.folder import open_model
+from infopt.exporters.quantized import QuantizedReader
 from infopt.header import read_json
 from infopt.kernels import reference
 from infopt.output import MANIFEST, check_manifest
@@ -109,6 +109,9 @@ def layers(reader: QuantizedReader, precisions: tuple[str, ...], on_layer: Calla
     ]
     checks.append(_digest_row(digests, changed, len(reader.quantized)))
     checks += [errors.row(precision) for precision, errors in used.items()]
+    if reader.ordered:
+        said = f"{len(reader.ordered)} layers are stored in activation order: read as dense weights, no kernel to check"
+        checks.append(Check("activation order", None, said))
     return checks
 
 
@@ -118,6 +121,10 @@ def _number_problems(q: QTensor) -> Iterator[str]:
         yield "weight_scale has values that are not finite"
     elif not bool((scale > 0).all()):
         yield "weight_scale has values that are not positive"
+    if q.grid.kind == "float":
+        if not bool(torch.isfinite(q.grid.unpack(q.codes)).all()):
+            yield "a weight is NaN"
+        return
     if int(q.zero.max()) > q.grid.levels:
         yield f"a zero point is above {q.grid.levels}"
     if int(q.codes.max()) > q.grid.levels:
@@ -162,7 +169,11 @@ def passed_through(reader: CheckpointReader, original: CheckpointReader) -> Chec
     """Tensors that no step rewrote must be the original's, bit for bit; none may be missing, none added."""
     report = read_json(reader.folder / REPORT) if (reader.folder / REPORT).exists() else {}
     rewritten, dropped = set(report.get("rewritten", ())), set(report.get("dropped", ()))
-    quantized = {f"{name}.weight" for name in getattr(reader, "quantized", {})}
+    quantized = (
+        {f"{name}.weight" for name in (*reader.quantized, *reader.ordered)}
+        if isinstance(reader, QuantizedReader)
+        else set()
+    )
     problems = [f"{name} is not in the original" for name in reader.tensors if name not in original.tensors]
     copied = 0
     for name in original.tensors:

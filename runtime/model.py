@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, Unsupported, UsageError
-from infopt.exporters.compressed_tensors import QuantizedReader
 from infopt.exporters.folder import model_config, open_model
+from infopt.exporters.quantized import QuantizedReader
 from infopt.kernels.cpu import Precision
 from infopt.memory import release
 from infopt.model import Skeleton

@@ -20,7 +20,7 @@ Legend: N windows, T tokens, C hidden width, I input columns, O output channels,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, Unsupported
-from infopt.exporters.compressed_tensors import QuantizedReader
 from infopt.exporters.folder import model_config, open_model
+from infopt.exporters.quantized import QuantizedReader
+from infopt.grid import Inputs
 from infopt.header import DTYPES, TensorInfo
 from infopt.memory import release
 from infopt.model import Skeleton
@@ -66,6 +67,10 @@ class _Place:
         full = torch.zeros(shape, dtype=part.dtype)
         return full.index_copy_(axis, self.whole, part.index_select(axis, self.mine))
 
+    def only(self, full: Tensor) -> Tensor:
+        """The full input with zeros outside the rank's columns."""
+        return torch.zeros_like(full).index_copy_(-1, self.whole, full.index_select(-1, self.whole))
+
     def gather(self, full: Tensor, width: int) -> Tensor:
         """The rank's columns [..., width] of a full input, zeros where it is padded."""
         part = torch.zeros((*full.shape[:-1], width), dtype=full.dtype)
@@ -97,14 +102,30 @@ class ColumnPart(nn.Module):
 
 
 class RowPart(nn.Module):
-    """Some input columns of a layer: a partial sum, completed by `reduce`; bias_O: the whole one, added once."""
+    """Some input columns of a layer: a partial sum, completed by `reduce`; bias_O: the whole one, added once.
 
-    def __init__(self, local: _Dense | QuantLinear, place: _Place, bias_O: Tensor | None, reduce: Reduce) -> None:
+    Inputs that are rounded by their own maximum need that of all ranks: each gives its columns, and the sum is the whole.
+    """
+
+    def __init__(
+        self,
+        local: _Dense | QuantLinear,
+        place: _Place,
+        bias_O: Tensor | None,
+        reduce: Reduce,
+        inputs: Inputs | None = None,
+        input_scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.width = local.in_features
+        self.width, self.inputs, self.input_scale = local.in_features, inputs, input_scale
         self.local, self.place, self.bias_O, self.reduce = local, place, bias_O, reduce
 
     def forward(self, x_TI: Tensor) -> Tensor:
+        if self.inputs is not None:
+            if self.inputs.dynamic:
+                x_TI = self.place.only(x_TI)
+                self.reduce(x_TI)
+            x_TI = self.inputs.round(x_TI, self.input_scale)
         total = self.local(self.place.gather(x_TI, self.width)).contiguous()
         self.reduce(total)
         return total if self.bias_O is None else total + self.bias_O
@@ -185,11 +206,16 @@ class RankModel:
     def _part(self, name: str, original: nn.Module) -> nn.Module:
         cut = self.described.ops.get(name, OpCut("replicated", (0, 0)))
         bias = self.reader.get(f"{name}.bias").to(torch.float32) if f"{name}.bias" in self.reader.tensors else None
+        inputs, scale = None, None
         if isinstance(self.reader, QuantizedReader) and name in self.reader.quantized:
             own = (
                 nn.Parameter(bias, requires_grad=False) if bias is not None and not (cut.rows or cut.columns) else None
             )
-            local: _Dense | QuantLinear = QuantLinear(self.reader.qtensor(name), own)
+            q = self.reader.qtensor(name)
+            if cut.columns:  # the part rounds its inputs itself, before it takes its columns
+                inputs, scale = q.grid.inputs, q.input_scale
+                q = replace(q, grid=replace(q.grid, inputs=None), input_scale=None)
+            local: _Dense | QuantLinear = QuantLinear(q, own)
         else:
             weight = self.reader.get(f"{name}.weight")
             local = _Dense(weight.t() if isinstance(original, Conv1D) else weight)
@@ -197,7 +223,7 @@ class RankModel:
         if cut.rows:
             return ColumnPart(local, _Place.of(cut.rows[self.rank], cut.shape[0]), bias)
         if cut.columns:
-            return RowPart(local, _Place.of(cut.columns[self.rank], cut.shape[1]), bias, self.reduce)
+            return RowPart(local, _Place.of(cut.columns[self.rank], cut.shape[1]), bias, self.reduce, inputs, scale)
         return local
 
     def _check(self, name: str, cut: OpCut, local: _Dense | QuantLinear, original: nn.Module) -> None:

@@ -25,7 +25,7 @@ import torch
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import GateFailed, UsageError, VerificationFailed
-from infopt.exporters.compressed_tensors import QuantizedReader
+from infopt.exporters.quantized import QuantizedReader
 from infopt.header import read_header
 from infopt.output import MANIFEST, update_manifest, write_json
 from infopt.runtime import integrity

@@ -18,7 +18,7 @@ from infopt.output import update_manifest
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.parallel import TAIL, run_shards
 from infopt.runtime.rank import RankModel
-from infopt.runtime.verify_shards import TOLERANCE, difference
+from infopt.runtime.verify_shards import ROUNDED_TOLERANCE, TOLERANCE, difference
 from infopt.shards import read_shards
 
 from .tools import infopt, text, tiny
@@ -103,6 +103,36 @@ def test_quantized_layers_over_two_ranks(tmp_path, family, flags):
     done = infopt("shard", tmp_path / "q", "--tp", 2, "-o", tmp_path / "s")
     assert done.code == 0, done.err
     assert_same(run_in_threads(tmp_path / "s", windows()), whole(tmp_path / "q", windows()))
+
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512}
+OTHERS = {
+    "gptq": ["--method", "rtn", "--bits", 4, "--format", "gptq"],
+    "gptq v2": ["--method", "rtn", "--bits", 3, "--asym", "--format", "gptq_v2"],
+    "awq": ["--method", "rtn", "--bits", 4, "--asym", "--format", "awq"],
+    "W8A8": ["--method", "rtn", "--scheme", "W8A8"],
+    "W8A8_STATIC": ["--method", "rtn", "--scheme", "W8A8_STATIC"],
+    "W4A8": ["--method", "rtn", "--scheme", "W4A8", "--group-size", 64],
+    "FP8": ["--method", "rtn", "--scheme", "FP8"],
+    "FP8_DYNAMIC": ["--method", "rtn", "--scheme", "FP8_DYNAMIC"],
+    "FP8_BLOCK": ["--method", "rtn", "--scheme", "FP8_BLOCK"],
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_other_formats_and_rounded_inputs(tmp_path, kind):
+    model = tiny("llama", tmp_path / "m", **WIDE)
+    data = ["--dataset", text(tmp_path), "--num-samples", 2, "--seqlen", 32]
+    done = infopt("quantize", model, *OTHERS[kind], *data, "--no-verify", "-o", tmp_path / "q")
+    assert done.code == 0, done.err
+    done = infopt("shard", tmp_path / "q", "--tp", 2, "-o", tmp_path / "s")
+    assert done.code == 0, done.err
+    found, wanted = run_in_threads(tmp_path / "s", windows()), whole(tmp_path / "q", windows())
+    most = ROUNDED_TOLERANCE if "A8" in kind or "FP8" in kind else TOLERANCE / 10
+    assert difference(found[0], wanted[0]) < most and difference(found[1], wanted[1]) < most
+    assert infopt("assemble", tmp_path / "s", "-o", tmp_path / "back").code == 0
+    for path in (tmp_path / "q").iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("flags", [None, ["--bits", 4], ["--bits", 4, "--asym"]])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from infopt.errors import BadInput, InfoptError
 from infopt.exporters.assemble import assemble, open_shards
-from infopt.exporters.compressed_tensors import QuantizedReader
+from infopt.exporters.folder import open_model
 from infopt.shards import read_shards
 
 from .folders import complaint, json_values
@@ -87,10 +87,10 @@ def test_assembled_shards_are_the_model_byte_for_byte(models, tmp_path, family, 
 
 def test_each_rank_decodes_to_its_own_slice(models, two_ranks):
     """The slow twin: slices of the whole weights, against what each rank's codes mean when read on their own."""
-    whole = QuantizedReader(models("llama", "w4-asym"))
+    whole = open_model(models("llama", "w4-asym"))
     cut = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
     for rank in (0, 1):
-        mine = QuantizedReader(two_ranks / f"pp0-tp{rank}")
+        mine = open_model(two_ranks / f"pp0-tp{rank}")
         for name in whole.quantized:
             w_OI = whole.get(f"{name}.weight")
             expected = w_OI.chunk(2, cut[name.rpartition(".")[2]])[rank]
@@ -186,7 +186,7 @@ def test_padding_means_zero_and_goes_away_again(tmp_path, scheme):
     assert done.code == 0 and "127 rows padded to 128" in done.err, done.err
     if scheme:
         assert "224 columns padded to 256" in done.err
-        last = QuantizedReader(tmp_path / "s" / "pp0-tp1")
+        last = open_model(tmp_path / "s" / "pp0-tp1")
         down = last.get("model.layers.0.mlp.down_proj.weight")
         assert down.shape == (64, 128) and not bool(down[:, 96:].any()) and bool(down[:, :96].any())
         assert bool(torch.isfinite(last.get("model.layers.0.mlp.up_proj.weight")).all())

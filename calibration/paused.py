@@ -1,0 +1,121 @@
+"""A block's forward pass that stops where a space is first read, and goes on when it is told to.
+
+GPTQ wants every layer to see inputs that the already quantized layers before it have made ("true sequential"). Done by
+running the block again for every space, that costs as many passes as there are spaces. Here each batch's forward pass is
+a coroutine (a greenlet, because the code to be stopped is transformers' own and knows nothing of it): all batches run to
+the first reader of a space and stop, the space's statistics are complete, its readers are quantized in place, and all
+batches go on through the quantized weights. One pass per block, whatever the block's architecture.
+
+What a stopped pass holds is *parked*: the inputs of the spaces and of the block go to a file and their memory is given
+back, for they are as large as the calibration set. The file's pages stay in memory that nothing else needs.
+
+Legend: B windows of a batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from infopt.errors import Unsupported
+from infopt.memory import memory_of
+from infopt.topology import Space, Topology
+
+
+class Paused:
+    """One batch on its way through a block: the forward pass `run` of its `hidden_BTC`. It parks in a file in `folder`."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], hidden_BTC: torch.Tensor, folder: Path) -> None:
+        self._greenlet = _greenlet_type()(run)
+        self._first: tuple[torch.Tensor, ...] = (hidden_BTC,)
+        self._held = [weakref.ref(hidden_BTC)]
+        self._folder = folder
+        self._file: io.FileIO | None = None
+        self._written: dict[
+            weakref.ref[torch.Tensor], tuple[int, int]
+        ] = {}  # offset in the file, version written there
+        self._parked: list[weakref.ref[torch.Tensor]] = []
+
+    def resume(self) -> tuple[Space, torch.Tensor] | torch.Tensor:
+        """Run to the next space: (the space, its input [B, T, C]); at the end the block's output [B, T, C]."""
+        self._unpark()
+        arguments, self._first = self._first, ()
+        answer = self._greenlet.switch(*arguments)
+        if isinstance(answer, tuple):
+            self._held.append(weakref.ref(answer[1]))
+        elif self._file:
+            self._file.close()
+        return answer
+
+    @property
+    def nbytes(self) -> int:
+        """What `park` would give back."""
+        return sum(x.nbytes for _, x in self._whole())
+
+    def park(self) -> None:
+        """Move what the stopped pass holds to the file; what lies there already, unchanged since, is not written again."""
+        if self._file is None:  # without a name: nothing is left of it after a crash
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+        for ref, x in self._whole():
+            if self._written.get(ref, (0, -1))[1] != x._version:
+                self._written[ref] = (self._file.seek(0, os.SEEK_END), x._version)
+                self._file.write(memory_of(x))
+            x.untyped_storage().resize_(0)
+            self._parked.append(ref)
+
+    def _unpark(self) -> None:
+        for ref in self._parked:
+            x = ref()
+            if x is not None and self._file:
+                x.untyped_storage().resize_(x.nbytes)
+                self._file.seek(self._written[ref][0])
+                self._file.readinto(memory_of(x))
+        self._parked = []
+
+    def _whole(self) -> Iterator[tuple[weakref.ref[torch.Tensor], torch.Tensor]]:
+        """The known tensors that are still in use. Only whole storages: a view's memory belongs to others too."""
+        for ref in dict.fromkeys(self._held):
+            x = ref()
+            if x is not None and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+                yield ref, x
+
+
+@contextmanager
+def stops(block: nn.Module, topology: Topology) -> Iterator[None]:
+    """Inside the context a pass through the block stops at each space's first reader."""
+    handles = []
+    for space in topology.spaces:
+        handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        _greenlet_type().getcurrent().parent.switch((space, args[0]))
+
+    return hook
+
+
+def _greenlet_type() -> Any:
+    try:
+        from greenlet import greenlet
+    except ImportError:
+        raise Unsupported(
+            "The package greenlet is not installed.",
+            "Quantizing space by space stops the model's own code in the middle.",
+            "Install it with `pip install greenlet`, or use `--sequential block`.",
+        ) from None
+    return greenlet

@@ -1,0 +1,319 @@
+"""A model folder in another format, its codes carried over where both formats can hold them.
+
+What happens to each layer is settled first (carry.py). Then one block at a time is read, written and freed, and the written
+folder is read back and compared.
+
+A source is trusted no more than by any other command: its manifest and its solver's digests, where it has them, must hold,
+or the damage would be carried over and blessed with new ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import infopt
+from infopt.checkpoint import CheckpointReader
+from infopt.errors import InfoptError, Unsupported, VerificationFailed
+from infopt.exporters.carry import Carry, Loss, carried_tensor, model_dtype, plan_carry, round_nearest, say
+from infopt.exporters.folder import model_config, open_model, write_folder
+from infopt.exporters.gguf_blocks import GGUF_Q8_0
+from infopt.exporters.gguf_export import GGUFExport
+from infopt.exporters.quantized import Format, QuantizedReader, damaged
+from infopt.header import read_json
+from infopt.memory import release
+from infopt.model import Skeleton
+from infopt.output import MANIFEST, OutputFolder, check_manifest, merge_shards, write_json, write_safetensors
+from infopt.qtensor import QTensor
+
+_REPORT = "infopt.json"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was done, by the names of layers; `copied` counts tensors that were not quantized and stayed as they were."""
+
+    output: str
+    source_format: str
+    format: str
+    carried: list[str]
+    requantized: list[str]
+    dequantized: list[str]
+    copied: int
+
+
+def convert_folder(
+    source: Path,
+    output: Path,
+    form: Format | None,
+    loss: Loss | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write `output` in the format `form`; None is plain safetensors. dtype: of dequantized weights, the model's own if None.
+
+    Raises Unsupported, before any work, where codes cannot be carried and `loss` does not say what to do instead;
+    VerificationFailed for a damaged source; BadInput.
+    """
+    reader = open_model(source)
+    if not isinstance(reader, QuantizedReader):
+        raise _not_quantized(source, form)
+    if (source / MANIFEST).exists():
+        check_manifest(source)
+    skeleton = Skeleton(model_config(reader.config), reader)
+    plan = plan_carry(reader, skeleton, form, loss)
+    with OutputFolder(output, overwrite=overwrite, source=source) as folder:
+        for left in (*folder.stage.iterdir(), *folder.work.glob("part-*")):
+            left.unlink()  # of an interrupted run, perhaps of another source
+        try:
+            digests, copied = _write_weights(reader, skeleton, plan, form, dtype or model_dtype(reader.config), folder)
+            _write_rest(reader, plan, form, dtype, digests, folder.stage)
+            _prove(folder.stage, digests)
+        except InfoptError:
+            folder.discard()  # there is nothing to go on from
+            raise
+        folder.commit()
+    return Converted(
+        str(output), reader.form.name, form.name if form else "safetensors",
+        sorted(plan.carried), plan.requantized, sorted(plan.dequantized), copied,
+    )  # fmt: skip
+
+
+def convert_to_gguf(
+    source: Path,
+    output: Path,
+    form: Format,
+    loss: Loss | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    tokenizer: bool = True,
+) -> Converted:
+    """Write the folder `output` with `model.gguf` in it, from a quantized folder or a float one.
+
+    Raises as `convert_folder`, and Unsupported for models and tokenizers that GGUF or infopt's writer cannot say.
+    """
+    if (source / MANIFEST).exists():
+        check_manifest(source)
+    with OutputFolder(output, overwrite=overwrite, source=source) as folder:
+        for left in folder.stage.iterdir():
+            left.unlink()
+        try:
+            done = write_gguf(open_model(source), folder.stage, form, loss, dtype, tokenizer)
+        except InfoptError:
+            folder.discard()
+            raise
+        folder.commit()
+    return replace(done, output=str(output))
+
+
+def write_gguf(
+    reader: CheckpointReader, stage: Path, form: Format, loss: Loss | None, dtype: torch.dtype | None, tokenizer: bool
+) -> Converted:
+    """Write `model.gguf`, infopt.json and the licence into `stage`; nothing else of the folder is any use beside them."""
+    skeleton = Skeleton(model_config(reader.config), reader)
+    quantized = reader if isinstance(reader, QuantizedReader) else None
+    plan = plan_carry(quantized, skeleton, form, loss) if quantized else None
+    export = GGUFExport(reader, skeleton, plan, form is GGUF_Q8_0, dtype or model_dtype(reader.config))
+    if quantized and plan:
+        _check_digests(quantized, plan)
+    digests = export.write(stage / "model.gguf", tokenizer)
+    carry = plan or Carry({}, frozenset(), frozenset(), {}, [])
+    name = quantized.form.name if quantized else "safetensors"
+    write_json(stage / _REPORT, _report(reader.folder, name, form.name, carry, digests))
+    _copy_recipe(reader.folder, stage)
+    for path in reader.side_files():
+        if path.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
+            (stage / path.name).write_bytes(path.read_bytes())
+    copied = len(export.tensors) - len(carry.modules)
+    return Converted(
+        str(stage), name, form.name, sorted(carry.carried), carry.requantized, sorted(carry.dequantized), copied
+    )
+
+
+def replace_by_gguf(folder: OutputFolder, form: Format, tokenizer: bool) -> None:
+    """The stage's quantized folder becomes a GGUF file; the verdict on its codes stays, since they are the same."""
+    made = folder.work / "gguf"
+    made.mkdir(exist_ok=True)
+    write_gguf(open_model(folder.stage), made, form, None, None, tokenizer)
+    for path in folder.stage.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "verification.json":
+            path.unlink()
+    for path in made.iterdir():
+        path.rename(folder.stage / path.name)
+
+
+def _not_quantized(source: Path, form: Format | None) -> Unsupported:
+    what = f"{source} is not quantized"
+    if form is None:
+        return Unsupported(what, "it is plain safetensors already", f"cp -r {source} OUT")
+    return Unsupported(
+        what,
+        "convert carries codes over and makes none",
+        f"infopt quantize {source} --method awq --format {form.name} -o OUT",
+    )
+
+
+# Writing
+
+
+def _write_weights(
+    reader: QuantizedReader,
+    skeleton: Skeleton,
+    plan: Carry,
+    form: Format | None,
+    dtype: torch.dtype,
+    folder: OutputFolder,
+) -> tuple[dict[str, str], int]:
+    """Write the shards; gives the digest of each layer that is still codes, and the number of copied tensors."""
+    claimed = _digests(reader.folder)
+    digests: dict[str, str] = {}
+    parts: list[Path] = []
+    copied = 0
+    for keys in _portions(skeleton):
+        tensors: dict[str, torch.Tensor] = {}
+        for key in keys:
+            name = key.removesuffix(".weight")
+            if name not in plan.modules or name == key:
+                tensors[key] = CheckpointReader.get(reader, key)
+                copied += 1
+            elif name in plan.grids and form is not None:
+                q = _converted(reader, name, plan, claimed)
+                tensors |= form.encode(name, q)
+                digests[name] = q.digest()
+            else:
+                tensors[key] = _dense(reader, key, dtype)
+        parts.append(folder.work / f"part-{len(parts):05d}.safetensors")
+        write_safetensors(parts[-1], tensors)
+        tensors.clear()
+        release()
+    merge_shards(parts, folder.stage)
+    return digests, copied
+
+
+def _portions(skeleton: Skeleton) -> Iterator[list[str]]:
+    """The order in which `infopt quantize` writes, so that a model converted there and back has its old bytes."""
+    yield [*skeleton.outer_keys(), *skeleton.extra_keys()]
+    for i in range(len(skeleton.blocks)):
+        yield skeleton.block_keys(i)
+
+
+def _converted(reader: QuantizedReader, name: str, plan: Carry, claimed: dict[str, str]) -> QTensor:
+    grid = plan.grids[name]
+    if name not in plan.carried:
+        w = reader.get(f"{name}.weight")
+        return round_nearest(name, w.T if name in reader.transposed else w, grid)
+    q = reader.qtensor(name)
+    _check_digest(reader, name, q, claimed)
+    return carried_tensor(name, q, grid)
+
+
+def _check_digests(reader: QuantizedReader, plan: Carry) -> None:
+    claimed = _digests(reader.folder)
+    for name in plan.carried if claimed else ():
+        _check_digest(reader, name, reader.qtensor(name), claimed)
+
+
+def _check_digest(reader: QuantizedReader, name: str, q: QTensor, claimed: dict[str, str]) -> None:
+    if claimed.get(name, q.digest()) != q.digest():
+        raise VerificationFailed(
+            f"{reader.folder}: {name} is not what the solver made",
+            f"its digest is not the one in {_REPORT}",
+            "quantize the model again, or fetch an undamaged copy",
+        )
+
+
+def _dense(reader: QuantizedReader, key: str, dtype: torch.dtype) -> torch.Tensor:
+    w = reader.get(key).to(dtype)
+    if not bool(torch.isfinite(w).all()):
+        raise Unsupported(
+            f"{key} has values that are not finite as {say(dtype)}", "its range is too small", "--dtype float32"
+        )
+    return w
+
+
+def _write_rest(
+    reader: QuantizedReader,
+    plan: Carry,
+    form: Format | None,
+    dtype: torch.dtype | None,
+    digests: dict[str, str],
+    stage: Path,
+) -> None:
+    settings = None
+    if form is not None and plan.grids:
+        grids = {plan.modules[name]: grid for name, grid in plan.grids.items()}
+        settings = form.config(grids, plan.kept, reader.transposed & plan.grids.keys())
+    changed: dict[str, Any] = {}
+    if dtype is not None and plan.dequantized:
+        changed = {key: say(dtype) for key in ("dtype", "torch_dtype") if key in reader.config} or {"dtype": say(dtype)}
+    write_folder(stage, reader, settings, changed)
+    _copy_recipe(reader.folder, stage)
+    target = form.name if form else "safetensors"
+    write_json(stage / _REPORT, _report(reader.folder, reader.form.name, target, plan, digests))
+
+
+def _copy_recipe(folder: Path, stage: Path) -> None:
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and not recipe.is_symlink():
+        (stage / recipe.name).write_bytes(recipe.read_bytes())
+
+
+def _report(folder: Path, source: str, target: str, plan: Carry, digests: dict[str, str]) -> dict[str, Any]:
+    """The source's infopt.json, where it has one, with this step's layers and its own record."""
+    old = _source_report(folder)
+    layers = old.get("layers", {})
+    described = {
+        name: {
+            **(layers.get(name, {}) if name in plan.carried else {"error": None}),
+            "bits": grid.bits,
+            "group_size": grid.group or "channel",
+            "symmetric": grid.symmetric,
+            "digest": digests[name],
+        }
+        for name, grid in plan.grids.items()
+    }
+    record = {
+        "from": source,
+        "to": target,
+        "infopt": infopt.__version__,
+        "requantized": plan.requantized,
+        "dequantized": sorted(plan.dequantized),
+    }
+    rewritten = [*old.get("rewritten", []), *(f"{name}.weight" for name in sorted(plan.dequantized))]
+    history = [*old.get("conversions", []), record]
+    return {**old, "layers": described, "rewritten": rewritten, "conversions": history}
+
+
+def _source_report(folder: Path) -> dict[str, Any]:
+    """infopt.json as far as it is one; {} for a folder of another tool. BadInput where it is damaged."""
+    if not (folder / _REPORT).exists():
+        return {}
+    report = read_json(folder / _REPORT)
+    kinds = {"layers": dict, "rewritten": list, "conversions": list}
+    odd = not isinstance(report, dict) or any(not isinstance(report.get(k, kind()), kind) for k, kind in kinds.items())
+    if odd or not all(isinstance(entry, dict) for entry in report.get("layers", {}).values()):
+        raise damaged(f"{folder / _REPORT} is no report of infopt", "`layers` must map names to their reports")
+    return report
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    layers = _source_report(folder).get("layers", {})
+    return {name: str(entry["digest"]) for name, entry in layers.items() if "digest" in entry}
+
+
+def _prove(stage: Path, digests: dict[str, str]) -> None:
+    """Read the folder back: every layer must decode to the codes, scales and zero points that were meant."""
+    written = open_model(stage)
+    seen = {}
+    if isinstance(written, QuantizedReader):
+        seen = {name: written.qtensor(name).digest() for name in written.quantized}
+    wrong = sorted(name for name in seen.keys() | digests.keys() if seen.get(name) != digests.get(name))
+    if wrong:
+        raise VerificationFailed(f"{wrong[0]} was not written as meant", f"{len(wrong)} such layers", "report this bug")

@@ -1,0 +1,95 @@
+"""One pass that stops at every space: it must be the two passes that it replaces, and the definition of "sequential"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt.calibration.discover import discover
+from infopt.calibration.stats import InputStats
+from infopt.calibration.stream import Stream
+from infopt.checkpoint import CheckpointReader
+from infopt.grid import Grid
+from infopt.model import Skeleton
+from infopt.quantizers.gptq import solve
+
+from .tools import infopt, text, tiny
+
+FAMILIES = ("llama", "gemma3", "phi", "gpt2", "falcon_new", "mixtral")
+
+
+def stream_of(model: Path, folder: Path) -> tuple[Skeleton, Stream]:
+    reader = CheckpointReader(model)
+    skeleton = Skeleton(reader.config, reader)
+    generator = torch.Generator().manual_seed(0)
+    stream = Stream(skeleton, torch.randint(3, 90, (70, 32), generator=generator), folder)
+    stream.start()
+    return skeleton, stream
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("hold", [0, 1 << 30])
+def test_walking_without_changes_is_gathering_and_advancing(family: str, hold: int, tmp_path: Path) -> None:
+    skeleton, stream = stream_of(tiny(family, tmp_path / "m"), tmp_path / "h")
+    stream.hold = hold
+    topology = discover(skeleton, 0)
+    block = skeleton.load_block(0)
+    wanted = stream.gather(0, block, topology)
+    output = stream.advance(0, block)
+    seen: dict[str, InputStats] = {}
+    assert stream.walk(0, block, topology, lambda space, stats: seen.update({space.name: stats})) == output
+    assert list(seen) == [space.name for space in topology.spaces]
+    for name, stats in seen.items():
+        assert stats.tokens == wanted[name].tokens == 70 * 32
+        assert torch.equal(stats.gram, wanted[name].gram)
+    assert [path.name for path in (tmp_path / "h").iterdir() if "hidden" not in path.name] == []
+
+
+def test_each_space_sees_its_predecessors_quantized(tmp_path: Path) -> None:
+    """Against the definition: run the block again from its start for every space, with what is quantized so far."""
+    grid = Grid(3, 32, True)
+
+    def quantize(block: torch.nn.Module, readers: tuple[str, ...], gram: torch.Tensor) -> None:
+        for name in readers:
+            weight = block.get_submodule(name).weight.data
+            weight.copy_(solve(weight, gram, grid)[0].dequantize())
+
+    skeleton, stream = stream_of(tiny("llama", tmp_path / "m"), tmp_path / "h")
+    topology = discover(skeleton, 0)
+    slow = skeleton.load_block(0)
+    for space in topology.spaces:
+        quantize(slow, space.readers, stream.gather(0, slow, topology)[space.name].gram)
+    wanted = {name: tensor.clone() for name, tensor in slow.state_dict().items()}
+    output = stream.advance(0, slow)
+
+    block = skeleton.load_block(0)
+    assert stream.walk(0, block, topology, lambda space, stats: quantize(block, space.readers, stats.gram)) == output
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in block.state_dict().items())
+
+
+def test_the_last_block_is_not_run_to_its_end(tmp_path: Path) -> None:
+    skeleton, stream = stream_of(tiny("llama", tmp_path / "m"), tmp_path / "h")
+    topology = discover(skeleton, 1)
+    stream.advance(0, skeleton.load_block(0))
+    counted: list[str] = []
+    assert stream.walk(1, skeleton.load_block(1), topology, lambda space, _: counted.append(space.name)) is None
+    assert len(counted) == len(topology.spaces)
+    assert not (tmp_path / "h" / "hidden-00002.f32").exists()
+
+
+def test_sequential_is_a_choice(tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path / "m")
+    outputs = {}
+    for choice in ("space", "block"):
+        out = tmp_path / choice
+        done = infopt(
+            "quantize", model, "-o", out, "--method", "gptq", "--group-size", "32", "--sequential", choice,
+            "--dataset", text(tmp_path), "--num-samples", "8", "--seqlen", "64", "--no-verify",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        outputs[choice] = (out / "model.safetensors").read_bytes()
+    assert outputs["space"] != outputs["block"]
+    wrong = infopt("quantize", model, "-o", tmp_path / "x", "--method", "gptq", "--sequential", "layer")
+    assert wrong.code == 2 and "sequential" in wrong.err
