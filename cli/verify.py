@@ -32,19 +32,24 @@ def verify(
     Example: infopt verify ./model-w4 --reference ./model --max-kl 0.1
     """
     from infopt.checkpoint import resolve
+    from infopt.exporters.assemble import is_shards
     from infopt.report import json_out, progress, show_verdict
     from infopt.runtime.verify import Gates, judge
+    from infopt.runtime.verify_shards import judge_shards
 
     gates = Gates(max_kl, max_ppl_increase, min_top1)
     if num_samples == 0 and gates.any():
         raise UsageError("a gate with --num-samples 0", "it limits the distance to the original", "--num-samples 8")
     original = resolve(reference) if reference is not None else None
 
-    def windows() -> tuple[torch.Tensor, dict[str, Any]]:
-        return load(dataset, num_samples, seqlen, original or out)
+    def windows(folder: Path = out) -> tuple[torch.Tensor, dict[str, Any]]:
+        return load(dataset, num_samples, seqlen, original or folder)
 
     source = windows if num_samples else None
-    verdict = judge(out, original, source, gates, with_kernels=kernels, progress=progress)
+    if is_shards(out):
+        verdict = judge_shards(out, original, source, gates, with_kernels=kernels, progress=progress)
+    else:
+        verdict = judge(out, original, source, gates, with_kernels=kernels, progress=progress)
     show_verdict(verdict)
     if as_json:
         json_out(verdict.to_json())

@@ -112,6 +112,11 @@ class Skeleton:
         """Channels of the hidden states."""
         return int(self.config.get_text_config().hidden_size)
 
+    def outer_sources(self) -> dict[str, list[str]]:
+        """{parameter outside the blocks: the checkpoint keys that become it without conversion}."""
+        inside = self._list_name + "."
+        return {name: list(keys) for name, keys in self._keys.one_to_one.items() if not name.startswith(inside)}
+
     # Loading and freeing
 
     def load_block(self, i: int) -> nn.Module:

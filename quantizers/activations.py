@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from infopt.grid import Inputs
 from infopt.quantizers.rounding import CLIPPING
 from infopt.quantizers.work import BlockWork
-from infopt.topology import Space
+from infopt.topology import Op, Space
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class InputScale:
     rewrites = False
 
     def __call__(self, work: BlockWork, space: Space) -> None:
-        ops = [op for op in work.topology.readers(space) if op.name in work.results]
-        ops = [op for op in ops if (inputs := work.results[op.name].grid.inputs) and not inputs.dynamic]
-        if not ops:
-            return
-        inputs = work.results[ops[0].name].grid.inputs
-        assert inputs is not None  # chosen so above
+        by_inputs: dict[Inputs, list[Op]] = {}
+        for op in work.topology.readers(space):
+            inputs = work.grids[op.name].inputs if op.name in work.results else None
+            if inputs is not None and not inputs.dynamic:
+                by_inputs.setdefault(inputs, []).append(op)
+        for inputs, ops in by_inputs.items():
+            scale = self._scale(work, space, inputs, ops)
+            for op in ops:
+                work.results[op.name] = replace(work.results[op.name], input_scale=scale)
+
+    def _scale(self, work: BlockWork, space: Space, inputs: Inputs, ops: list[Op]) -> torch.Tensor:
         x_SC, most = work.sample(space), float(work.max_abs(space).max())
         cost_C = torch.stack([work.weight(op).square().sum(0) for op in ops]).sum(0)
 
@@ -45,6 +51,4 @@ class InputScale:
         def error(ratio: float) -> float:
             return float(((inputs.round(x_SC, scale(ratio)) - x_SC).square_().sum(0) * cost_C).sum(dtype=torch.float64))
 
-        best = min(CLIPPING, key=error) if self.search else 1.0
-        for op in ops:
-            work.results[op.name] = replace(work.results[op.name], input_scale=scale(best))
+        return scale(min(CLIPPING, key=error) if self.search else 1.0)

@@ -33,7 +33,18 @@ from infopt.runtime.integrity import Check
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.quality import Comparison, compare, compare_each, perplexity
 
-__all__ = ["VERDICT", "Check", "Comparison", "Gates", "Verdict", "compare", "judge", "perplexity", "verify"]
+__all__ = [
+    "VERDICT",
+    "Check",
+    "Comparison",
+    "Gates",
+    "Verdict",
+    "compare",
+    "judge",
+    "perplexity",
+    "verify",
+    "write_verdict",
+]
 
 LoadWindows = Callable[[], tuple[torch.Tensor, dict[str, Any]]]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -162,7 +173,7 @@ def judge(
         verdict = Verdict(str(folder), (first,))
     else:
         verdict = _judge_intact(folder, reference, windows_NT, gates, first, with_kernels, data or {}, start)
-    _write(folder, verdict)
+    write_verdict(folder, verdict)
     return verdict
 
 
@@ -295,7 +306,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _write(folder: Path, verdict: Verdict) -> None:
+def write_verdict(folder: Path, verdict: Verdict) -> None:
     """The verdict beside the weights. The manifest learns of it even where another file is damaged: once that file is
     put right, the folder is right again."""
     write_json(folder / VERDICT, verdict.to_json())

@@ -113,7 +113,9 @@ def test_help_does_not_import_torch():
     assert in_fresh_python(code).splitlines()[-1] == "heavy: []"
 
 
-@pytest.mark.parametrize("command", ["quantize", "verify", "eval", "inspect", "convert", "recipe", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "verify", "eval", "inspect", "convert", "recipe", "doctor", "shard", "assemble", "lint"]
+)
 def test_every_command_has_help_with_an_example_and_without_torch(command):
     code = (
         f"import sys\nfrom infopt.cli.main import main\nsys.argv = ['infopt', {command!r}, '--help']\n"
