@@ -22,26 +22,30 @@ class InputStats:
     """Sums over the calibration inputs x_TC of one space, all fp32; only what `needs` names is gathered.
 
     gram: X^T X [C, C]. mean: mean |x| per channel [C]. max: max |x| per channel [C]. sample: some of the rows [S, C],
-    evenly spread over the tokens. tokens: rows seen. Asking for what was not gathered is a ValueError.
+    evenly spread over the tokens. shift: (Y - X)^T X [C, C], where y_TC are the same tokens' inputs in the original model;
+    it is not part of `EVERYTHING`. tokens: rows seen. Asking for what was not gathered is a ValueError.
     """
 
     def __init__(self, width: int, needs: frozenset[str] = EVERYTHING) -> None:
         self.needs = needs
         self.tokens = 0
         self._upper_CC = torch.zeros(width, width) if "gram" in needs else torch.zeros(0, 0)
+        self._shift_CC = torch.zeros(width, width) if "shift" in needs else torch.zeros(0, 0)
         self._abs_C = torch.zeros(width)
         self._max_C = torch.zeros(width)
         self._rows: list[torch.Tensor] = []
         self._stride, self._phase = _STRIDE, 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Count activations [..., C]."""
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
+        """Count activations [..., C]; original: what the original model has in their place."""
         x_TC = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x_TC.shape[0]
         if "gram" in self.needs:
             for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
                 stop = start + _PANEL
                 self._upper_CC[start:stop, start:].addmm_(x_TC[:, start:stop].T, x_TC[:, start:])
+        if "shift" in self.needs and original is not None:
+            self._shift_CC.addmm_((original.reshape(x_TC.shape).float() - x_TC).T, x_TC)
         if "mean" in self.needs:
             self._abs_C += x_TC.abs().sum(0)
         if "max" in self.needs and len(x_TC):
@@ -54,6 +58,7 @@ class InputStats:
     def merge(self, other: InputStats) -> None:
         """Add what another part of the data gave."""
         self._upper_CC += other._upper_CC
+        self._shift_CC += other._shift_CC
         self._abs_C += other._abs_C
         self._max_C = torch.maximum(self._max_C, other._max_C)
         self._rows += other._rows
@@ -62,7 +67,7 @@ class InputStats:
 
     def finite(self) -> bool:
         """Whether every input was a number, and small enough to be squared."""
-        parts = (self._upper_CC.diagonal(), self._abs_C, self._max_C, *self._rows)
+        parts = (self._upper_CC.diagonal(), self._shift_CC, self._abs_C, self._max_C, *self._rows)
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
     @property
@@ -70,6 +75,11 @@ class InputStats:
         self._check("gram")
         upper = self._upper_CC.triu()
         return upper + upper.triu(1).T
+
+    @property
+    def shift(self) -> torch.Tensor:
+        self._check("shift")
+        return self._shift_CC
 
     @property
     def mean_abs(self) -> torch.Tensor:

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader
 from itertools import islice
@@ -35,6 +38,7 @@ from infopt.model import BlockCall, Skeleton
 from infopt.topology import Space, Topology
 
 _BATCH_TOKENS = 1024
+_RUN, _ORIGINAL = "hidden", "original"  # files of hidden states: of the quantized model, of the original
 _WATCHED = 8  # batches whose keys and values decide the scales of the cache
 _FREED = 32 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
@@ -45,7 +49,8 @@ class Stream:
     hold: bytes of activations that may stay in memory while a pass through a block is stopped.
     """
 
-    def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path) -> None:
+    def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False) -> None:
+        self._twin = twin
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
         self.hold = 0
         self.cache: Any = None  # given to a block in place of no key-value cache
@@ -63,14 +68,17 @@ class Stream:
         """Embed every window; returns the digest of block 0's input. Loads and frees the outer parts."""
         self._skeleton.load_outer()
         try:
-            return self._write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
+            self._write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
+            if self._twin:
+                shutil.copyfile(self._path(0), self._path(0, _ORIGINAL))
+            return self._digest(0)
         finally:
             self._skeleton.free_outer()
             release()
 
     def holds(self, i: int, digest: str) -> bool:
         """Whether the input of block i is on disk, whole and unchanged."""
-        return self._path(i).is_file() and _digest(self._path(i)) == digest
+        return all(path.is_file() for path in self._files(i)) and self._digest(i) == digest
 
     @torch.no_grad()
     def gather(
@@ -109,47 +117,47 @@ class Stream:
         """Gather and advance in one forward pass: `at_space` gets a space's statistics before any reader of it has run,
         and may change the readers' weights. Returns the digest of block i+1's input; None after the last block.
 
-        A space that no token reaches is handed over with empty statistics.
+        A space that no token reaches is handed over with empty statistics. With a twin, a copy of the block goes along, on
+        what the original model makes of the data, and is never changed.
         """
         last = i + 1 == len(self._skeleton.blocks)
         stats: dict[str, InputStats] = {}
         waiting: dict[int, str] = {}
-        held: dict[str, int] = defaultdict(int)
-        freed = [0]
+        tracks = [_Track(self._path(i), block, self.cache)]
+        if self._twin:
+            tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None))
+        held = _Held(self.hold)
+        with ExitStack() as stack:
+            for number, track in enumerate(tracks):
+                stack.enter_context(stops(track.block, topology))
+                track.input = stack.enter_context(track.path.open("rb"))
+                target = Path(os.devnull) if last else self._path(i + 1, _ORIGINAL if number else _RUN)
+                track.output = stack.enter_context(target.open("wb"))
 
-        def go_on(batch: int, forward: Paused, output: BinaryIO) -> None:
-            answer = forward.resume()
-            if isinstance(answer, torch.Tensor):
-                output.seek(self._batches[batch].start * self._window_bytes)
-                answer = answer.float().contiguous()
-                output.write(memory_of(answer))
-                return
-            space, x = answer
-            waiting[batch] = space.name
-            if space.name not in stats:
-                stats[space.name] = InputStats(space.width, needs)
-            stats[space.name].add(x)
-            del answer, x
-            size = forward.nbytes
-            if held[space.name] + size <= self.hold:
-                held[space.name] += size
-                return
-            forward.park()
-            freed[0] += size
-            if freed[0] > _FREED:
-                freed[0] = 0
-                release()
+            def go_on(batch: int) -> None:
+                inputs = []
+                for track in tracks:
+                    answer = track.forwards[batch].resume()
+                    if isinstance(answer, torch.Tensor):
+                        track.output.seek(self._batches[batch].start * self._window_bytes)
+                        answer = answer.float().contiguous()
+                        track.output.write(memory_of(answer))
+                    else:
+                        waiting[batch] = answer[0].name
+                        inputs.append(answer[1])
+                    del answer
+                if inputs:
+                    space = next(space for space in topology.spaces if space.name == waiting[batch])
+                    stats.setdefault(space.name, InputStats(space.width, needs)).add(*inputs)
+                    del inputs
+                    for track in tracks:
+                        held.park(space.name, track.forwards[batch])
 
-        with (
-            stops(block, topology),
-            self._path(i).open("rb") as file,
-            Path(os.devnull if last else self._path(i + 1)).open("wb") as output,
-        ):
-            forwards = []
             for batch, windows in enumerate(self._batches):
-                run = partial(self._call(i, block, windows).run, block)
-                forwards.append(Paused(run, self._read(file, len(windows)), self._folder))
-                go_on(batch, forwards[batch], output)
+                for track in tracks:
+                    run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
+                    track.forwards.append(Paused(run, self._read(track.input, len(windows)), self._folder))
+                go_on(batch)
             for space in topology.spaces:
                 found = stats.pop(space.name, None) or InputStats(space.width, needs)
                 self._check_finite(i, space, found)
@@ -158,45 +166,46 @@ class Stream:
                     if last and space is topology.spaces[-1]:
                         break  # nobody reads what comes out of the model here
                     del waiting[batch]
-                    go_on(batch, forwards[batch], output)
+                    go_on(batch)
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
                 "Its layers cannot be quantized one space after another.",
                 "Use `--sequential block`.",
             )
-        return None if last else _digest(self._path(i + 1))
+        return None if last else self._digest(i + 1)
 
     @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> str:
-        """Run block i as it is now; returns the digest of block i+1's input."""
-        return self._write(i + 1, self._outputs(i, block))
+        """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
+        self._write(i + 1, self._outputs(i, block))
+        return self._digest(i + 1)
 
     def forget(self, i: int) -> None:
         """Delete the input of block i."""
-        self._path(i).unlink(missing_ok=True)
+        for path in self._files(i):
+            path.unlink(missing_ok=True)
 
     def _outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         with self._path(i).open("rb") as file:
             for windows in self._batches:
-                yield self._call(i, block, windows).run(block, self._read(file, len(windows)))
+                yield self._call(i, block, windows, self.cache).run(block, self._read(file, len(windows)))
 
-    def _call(self, i: int, block: nn.Module, windows: range) -> BlockCall:
+    def _call(self, i: int, block: nn.Module, windows: range, cache: Any) -> BlockCall:
         call = self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
-        return with_cache(call, block, self.cache) if self.cache else call
+        return with_cache(call, block, cache) if cache else call
 
     def _read(self, file: BufferedReader, windows: int) -> torch.Tensor:
         hidden_BTC = torch.empty(windows, self._windows_NT.shape[1], self._skeleton.width)
         file.readinto(memory_of(hidden_BTC))
         return hidden_BTC
 
-    def _write(self, i: int, hidden: Iterator[torch.Tensor]) -> str:
+    def _write(self, i: int, hidden: Iterator[torch.Tensor]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(i).open("wb") as file:
             for hidden_BTC in hidden:
                 hidden_BTC = hidden_BTC.float().contiguous()
                 file.write(memory_of(hidden_BTC))
-        return _digest(self._path(i))
 
     def _check_finite(self, i: int, space: Space, stats: InputStats) -> None:
         if not stats.finite():
@@ -210,11 +219,48 @@ class Stream:
     def _window_bytes(self) -> int:
         return 4 * self._windows_NT.shape[1] * self._skeleton.width
 
-    def _path(self, i: int) -> Path:
-        return self._folder / f"hidden-{i:05d}.f32"
+    def _path(self, i: int, track: str = _RUN) -> Path:
+        return self._folder / f"{track}-{i:05d}.f32"
+
+    def _files(self, i: int) -> list[Path]:
+        return [self._path(i), *([self._path(i, _ORIGINAL)] if self._twin else [])]
+
+    def _digest(self, i: int) -> str:
+        return " ".join(_file_digest(path) for path in self._files(i))
 
 
-def _digest(path: Path) -> str:
+@dataclass
+class _Track:
+    """A block on its way through the data in `walk`: as it becomes, or as it was."""
+
+    path: Path
+    block: nn.Module
+    cache: Any
+    forwards: list[Paused] = field(default_factory=list)
+    input: BufferedReader = field(init=False)
+    output: BinaryIO = field(init=False)
+
+
+class _Held:
+    """What stopped passes keep in memory, up to a limit; the rest is parked, and gaps in the heap are given back."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._freed = limit, 0
+        self._held: dict[str, int] = defaultdict(int)
+
+    def park(self, space: str, forward: Paused) -> None:
+        size = forward.nbytes
+        if self._held[space] + size <= self._limit:
+            self._held[space] += size
+            return
+        forward.park()
+        self._freed += size
+        if self._freed > _FREED:
+            self._freed = 0
+            release()
+
+
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -35,7 +35,9 @@ def quantize(
         Text, typer.Option(help="32, 64, 128, channel, tensor or block: what shares a scale.")
     ] = None,
     symmetric: Annotated[bool | None, typer.Option("--sym/--asym", help="Without or with zero points.")] = None,
-    act_order: Annotated[bool, typer.Option("--act-order", help="GPTQ: important columns first.")] = False,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="GPTQ: important columns first, or in order.")
+    ] = None,
     sequential: Annotated[
         Text,
         typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
@@ -113,12 +115,12 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
         if name not in CACHES:
             raise UsageError(f"--kv-cache {name}", f"known: {', '.join(CACHES)}", "--kv-cache fp8")
         data["kv_cache"] = CACHES[name]
-    if flags["act_order"]:
+    if flags["act_order"] is not None:
         rows = [row for row in data["steps"] if "gptq" in row]
         if not rows:
             raise UsageError("--act-order", f"{method or path} has no gptq step", "--method gptq --act-order")
         for row in rows:
-            row["gptq"] = {**(row["gptq"] or {}), "act_order": True}
+            row["gptq"] = {**(row["gptq"] or {}), "act_order": flags["act_order"]}
     return parse_recipe(data, "command line")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from infopt.errors import UsageError
 from infopt.quantizers.activations import InputScale
 from infopt.quantizers.awq import AWQScale
+from infopt.quantizers.correction import Correct
 from infopt.quantizers.gptq import GPTQ
 from infopt.quantizers.rounding import Round
 from infopt.quantizers.smoothquant import Smooth
@@ -18,6 +19,7 @@ from infopt.recipe import Recipe, did_you_mean, load_recipe
 
 STEPS: dict[str, type] = {
     "awq_scale": AWQScale,
+    "correct": Correct,
     "gptq": GPTQ,
     "input_scale": InputScale,
     "round": Round,

@@ -25,7 +25,7 @@ from infopt.calibration.discover import discover, structure_key
 from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
-from infopt.errors import BadInput, Unsupported
+from infopt.errors import BadInput, Unsupported, UsageError
 from infopt.exporters import compressed_tensors, kv_cache
 from infopt.exporters.folder import model_config, write_folder
 from infopt.exporters.formats import check
@@ -65,10 +65,16 @@ class Run:
         self._marks = Marks(output.work / "parts")
         self._stream = None
         self.cache = cache_grid(recipe)
+        if "shift" in _needs(steps) and recipe.sequential != "space":
+            raise UsageError(
+                "the step `correct` compares quantized inputs with original ones, space by space",
+                f"the recipe says sequential: {recipe.sequential}",
+                "--sequential space",
+            )
         if needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
-            self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
+            self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden", "shift" in _needs(steps))
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
 

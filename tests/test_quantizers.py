@@ -13,6 +13,7 @@ from infopt.exporters.compressed_tensors import decode, encode
 from infopt.exporters.packing import pack_bits, unpack_bits
 from infopt.grid import Grid
 from infopt.quantizers import awq, gptq
+from infopt.quantizers.correction import corrected
 from infopt.quantizers.rounding import choose_range, group_forms, round_nearest
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, None) for symmetric in (True, False)]
@@ -36,7 +37,8 @@ def slow_gptq(w_OI: torch.Tensor, h_CC: torch.Tensor, grid: Grid, damp: float) -
     for j in range(w.shape[1]):
         if j % width == 0:
             group = w[:, j : j + width].float()
-            scale, zero = choose_range(group, grid, h_CC.diagonal()[j : j + width])
+            cost_K = (u_CC.diagonal()[j : j + width] ** -2).float()
+            scale, zero = choose_range(group, grid, cost_K, gptq._RATIOS)
         codes[:, j] = grid.encode(w[:, j : j + 1].float(), scale, zero)[:, 0]
         error = (w[:, j] - grid.decode(codes[:, j : j + 1], scale, zero)[:, 0]) / u_CC[j, j]
         w[:, j:] -= error[:, None] * u_CC[j, j:]
@@ -69,7 +71,8 @@ def test_act_order_restores_the_columns() -> None:
     w_OI, _ = layer()
     h_CC = torch.diag(torch.rand(96) + 0.5)
     grid = Grid(4, 32, False)
-    plain = round_nearest(w_OI, grid, *choose_range(w_OI, grid, h_CC.diagonal()))
+    cost_C = h_CC.diagonal() + 0.01 * h_CC.diagonal().mean()
+    plain = round_nearest(w_OI, grid, *choose_range(w_OI, grid, cost_C, gptq._RATIOS))
     for act_order in (False, True):
         q, _ = gptq.solve(w_OI, h_CC, grid, 0.01, act_order)
         assert torch.equal(q.codes, plain.codes) and torch.equal(q.scale, plain.scale)
@@ -182,3 +185,20 @@ def test_decode_is_the_inverse_of_encode(grid: Grid) -> None:
     assert decode(tensors, grid).digest() == q.digest()
     again = round_nearest(q.dequantize(), grid, q.scale.float(), q.zero.float())
     assert again.digest() == q.digest()
+
+
+def test_correction_is_least_squares() -> None:
+    """W* is what an exact solver finds for min ||X' W^T - X W0^T||, and it does better than the weights that it replaces."""
+    generator = torch.Generator().manual_seed(7)
+    w_OC, x_TC = layer()
+    seen_TC = x_TC + 0.1 * torch.randn(x_TC.shape, generator=generator)
+    h_CC, d_CC = seen_TC.T @ seen_TC, (x_TC - seen_TC).T @ seen_TC
+    wanted_TO = x_TC @ w_OC.T
+    exact_OC = torch.linalg.lstsq(seen_TC.double(), wanted_TO.double()).solution.T.float()
+    torch.testing.assert_close(corrected(w_OC, h_CC, d_CC, 1.0, 0.0), exact_OC, rtol=1e-3, atol=1e-3)
+    errors = [
+        float((seen_TC @ corrected(w_OC, h_CC, d_CC, strength, 0.0).T - wanted_TO).square().sum())
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert torch.equal(corrected(w_OC, torch.full((96, 96), float("nan")), d_CC, 1.0, 0.0), w_OC)
