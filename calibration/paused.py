@@ -6,8 +6,8 @@ a coroutine (a greenlet, because the code to be stopped is transformers' own and
 the first reader of a space and stop, the space's statistics are complete, its readers are quantized in place, and all
 batches go on through the quantized weights. One pass per block, whatever the block's architecture.
 
-What a stopped pass holds is *parked*: the inputs of the spaces and of the block go to a file and their memory is given
-back, for they are as large as the calibration set. The file's pages stay in memory that nothing else needs.
+What a stopped pass holds is *parked*: the inputs of its layers that are still in use go to a file and their memory is
+given back, for they are as large as the calibration set. The file's pages stay in memory that nothing else needs.
 
 Legend: B windows of a batch, T tokens, C channels.
 """
@@ -15,7 +15,6 @@ Legend: B windows of a batch, T tokens, C channels.
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,29 +30,45 @@ from infopt.memory import memory_of
 from infopt.topology import Space, Topology
 
 
-class Paused:
-    """One batch on its way through a block: the forward pass `run` of its `hidden_BTC`. It parks in a file in `folder`."""
+class ParkingFile:
+    """A file without a name, so that nothing is left of it after a crash. One serves a batch in every block of a run: its
+    pages are in memory already, and writing them again costs a quarter of what new ones do."""
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], hidden_BTC: torch.Tensor, folder: Path) -> None:
-        self._greenlet = _greenlet_type()(run)
-        self._first: tuple[torch.Tensor, ...] = (hidden_BTC,)
-        self._held = [weakref.ref(hidden_BTC)]
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: io.FileIO | None = None
-        self._written: dict[
-            weakref.ref[torch.Tensor], tuple[int, int]
-        ] = {}  # offset in the file, version written there
+
+    def write(self, offset: int, x: torch.Tensor) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+        self._file.seek(offset)
+        self._file.write(memory_of(x))
+
+    def read(self, offset: int, x: torch.Tensor) -> None:
+        if self._file is not None:
+            self._file.seek(offset)
+            self._file.readinto(memory_of(x))
+
+
+class Paused:
+    """One batch on its way through a block: the forward pass `run` of its `hidden_BTC`. It parks in `file`."""
+
+    def __init__(
+        self, run: Callable[[torch.Tensor], torch.Tensor], hidden_BTC: torch.Tensor, file: ParkingFile
+    ) -> None:
+        self._greenlet = _greenlet_type()(run)
+        self._first: tuple[torch.Tensor, ...] = (hidden_BTC,)
+        self._held = self._greenlet.held = [weakref.ref(hidden_BTC)]
+        self._file, self._end = file, 0
+        # by tensor: where it lies in the file, and its version that lies there
+        self._written: dict[weakref.ref[torch.Tensor], tuple[int, int]] = {}
         self._parked: list[weakref.ref[torch.Tensor]] = []
 
     def resume(self) -> tuple[Space, torch.Tensor] | torch.Tensor:
         """Run to the next space: (the space, its input [B, T, C]); at the end the block's output [B, T, C]."""
         self._unpark()
         arguments, self._first = self._first, ()
-        answer = self._greenlet.switch(*arguments)
-        if isinstance(answer, tuple):
-            self._held.append(weakref.ref(answer[1]))
-        elif self._file:
-            self._file.close()
+        answer: tuple[Space, torch.Tensor] | torch.Tensor = self._greenlet.switch(*arguments)
         return answer
 
     @property
@@ -63,36 +78,36 @@ class Paused:
 
     def park(self) -> None:
         """Move what the stopped pass holds to the file; what lies there already, unchanged since, is not written again."""
-        if self._file is None:  # without a name: nothing is left of it after a crash
-            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
         for ref, x in self._whole():
             if self._written.get(ref, (0, -1))[1] != x._version:
-                self._written[ref] = (self._file.seek(0, os.SEEK_END), x._version)
-                self._file.write(memory_of(x))
+                self._written[ref] = (self._end, x._version)
+                self._file.write(self._end, x)
+                self._end += x.nbytes
             x.untyped_storage().resize_(0)
             self._parked.append(ref)
 
     def _unpark(self) -> None:
         for ref in self._parked:
             x = ref()
-            if x is not None and self._file:
+            if x is not None:
                 x.untyped_storage().resize_(x.nbytes)
-                self._file.seek(self._written[ref][0])
-                self._file.readinto(memory_of(x))
+                self._file.read(self._written[ref][0], x)
         self._parked = []
 
     def _whole(self) -> Iterator[tuple[weakref.ref[torch.Tensor], torch.Tensor]]:
         """The known tensors that are still in use. Only whole storages: a view's memory belongs to others too."""
-        for ref in dict.fromkeys(self._held):
-            x = ref()
-            if x is not None and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+        alive = {id(x): (ref, x) for ref in self._held if (x := ref()) is not None}
+        self._held[:] = [ref for ref, _ in alive.values()]
+        for ref, x in alive.values():
+            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
                 yield ref, x
 
 
 @contextmanager
 def stops(block: nn.Module, topology: Topology) -> Iterator[None]:
-    """Inside the context a pass through the block stops at each space's first reader."""
-    handles = []
+    """Inside the context a pass through the block stops at each space's first reader, and every layer's input is known."""
+    leaves = [module for module in block.modules() if not any(module.children())]
+    handles = [module.register_forward_pre_hook(_note_input) for module in leaves]
     for space in topology.spaces:
         handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
     try:
@@ -100,6 +115,11 @@ def stops(block: nn.Module, topology: Topology) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _note_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    if args:
+        _greenlet_type().getcurrent().held.append(weakref.ref(args[0]))
 
 
 def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

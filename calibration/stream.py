@@ -16,7 +16,7 @@ import hashlib
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from infopt.calibration.paused import Paused, stops
+from infopt.calibration.paused import ParkingFile, Paused, stops
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
 from infopt.kv_cache import WatchingCache, with_cache
@@ -40,7 +40,7 @@ from infopt.topology import Space, Topology
 _BATCH_TOKENS = 1024
 _RUN, _ORIGINAL = "hidden", "original"  # files of hidden states: of the quantized model, of the original
 _WATCHED = 8  # batches whose keys and values decide the scales of the cache
-_FREED = 32 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
+_FREED = 64 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
 class Stream:
@@ -57,6 +57,7 @@ class Stream:
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        self._parking = {track: [ParkingFile(folder) for _ in self._batches] for track in (_RUN, _ORIGINAL)}
 
     @property
     def batch_tokens(self) -> int:
@@ -68,7 +69,7 @@ class Stream:
         """Embed every window; returns the digest of block 0's input. Loads and frees the outer parts."""
         self._skeleton.load_outer()
         try:
-            self._write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
+            self.write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
             if self._twin:
                 shutil.copyfile(self._path(0), self._path(0, _ORIGINAL))
             return self._digest(0)
@@ -90,7 +91,7 @@ class Stream:
         """
         stats = {space.name: InputStats(space.width, needs) for space in topology.spaces}
         with _muted(block, topology), _observed(block, topology, stats):
-            for _ in self._outputs(i, block):
+            for _ in self.outputs(i, block):
                 pass
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
@@ -100,7 +101,7 @@ class Stream:
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
         """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows."""
         self.cache = WatchingCache()
-        for _ in islice(self._outputs(i, block), _WATCHED):
+        for _ in islice(self.outputs(i, block), _WATCHED):
             pass
         seen, self.cache = self.cache.seen, None
         return seen
@@ -123,9 +124,9 @@ class Stream:
         last = i + 1 == len(self._skeleton.blocks)
         stats: dict[str, InputStats] = {}
         waiting: dict[int, str] = {}
-        tracks = [_Track(self._path(i), block, self.cache)]
+        tracks = [_Track(self._path(i), block, self.cache, self._parking[_RUN])]
         if self._twin:
-            tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None))
+            tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None, self._parking[_ORIGINAL]))
         held = _Held(self.hold)
         with ExitStack() as stack:
             for number, track in enumerate(tracks):
@@ -148,7 +149,9 @@ class Stream:
                     del answer
                 if inputs:
                     space = next(space for space in topology.spaces if space.name == waiting[batch])
-                    stats.setdefault(space.name, InputStats(space.width, needs)).add(*inputs)
+                    if space.name not in stats:
+                        stats[space.name] = InputStats(space.width, needs)
+                    stats[space.name].add(*inputs)
                     del inputs
                     for track in tracks:
                         held.park(space.name, track.forwards[batch])
@@ -156,7 +159,7 @@ class Stream:
             for batch, windows in enumerate(self._batches):
                 for track in tracks:
                     run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
-                    track.forwards.append(Paused(run, self._read(track.input, len(windows)), self._folder))
+                    track.forwards.append(Paused(run, self._read(track.input, len(windows)), track.parking[batch]))
                 go_on(batch)
             for space in topology.spaces:
                 found = stats.pop(space.name, None) or InputStats(space.width, needs)
@@ -178,7 +181,7 @@ class Stream:
     @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> str:
         """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
-        self._write(i + 1, self._outputs(i, block))
+        self.write(i + 1, self.outputs(i, block))
         return self._digest(i + 1)
 
     def forget(self, i: int) -> None:
@@ -186,7 +189,8 @@ class Stream:
         for path in self._files(i):
             path.unlink(missing_ok=True)
 
-    def _outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
+    def outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
+        """Block i's answer to every batch [B, T, C], as it is now."""
         with self._path(i).open("rb") as file:
             for windows in self._batches:
                 yield self._call(i, block, windows, self.cache).run(block, self._read(file, len(windows)))
@@ -200,7 +204,8 @@ class Stream:
         file.readinto(memory_of(hidden_BTC))
         return hidden_BTC
 
-    def _write(self, i: int, hidden: Iterator[torch.Tensor]) -> None:
+    def write(self, i: int, hidden: Iterable[torch.Tensor]) -> None:
+        """Make these batches the input of block i."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._path(i).open("wb") as file:
             for hidden_BTC in hidden:
@@ -236,6 +241,7 @@ class _Track:
     path: Path
     block: nn.Module
     cache: Any
+    parking: list[ParkingFile]
     forwards: list[Paused] = field(default_factory=list)
     input: BufferedReader = field(init=False)
     output: BinaryIO = field(init=False)

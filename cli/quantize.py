@@ -42,6 +42,10 @@ def quantize(
         Text,
         typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
     ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mixed precision: average bits of a weight; layers get 3, 4 or 8.")
+    ] = None,
+    target_size: Annotated[Text, typer.Option(help="Mixed precision: size of the result, such as 3GB.")] = None,
     kv_cache: Annotated[Text, typer.Option(help="Quantize the key-value cache: fp8, int8 or int4.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[
@@ -79,6 +83,7 @@ def quantize(
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
         "sequential": sequential, "kv_cache": kv_cache,
+        "target_bits": target_bits, "target_size": target_size,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
@@ -115,6 +120,8 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
         if name not in CACHES:
             raise UsageError(f"--kv-cache {name}", f"known: {', '.join(CACHES)}", "--kv-cache fp8")
         data["kv_cache"] = CACHES[name]
+    if flags["target_bits"] is not None or flags["target_size"]:
+        data["target"] = {"bits": flags["target_bits"], "size": flags["target_size"]}
     if flags["act_order"] is not None:
         rows = [row for row in data["steps"] if "gptq" in row]
         if not rows:
@@ -177,6 +184,8 @@ def _run(
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Run(reader, recipe, steps, out, windows, data_report, form)
+        if recipe.target and not dry_run:
+            run = _allocate(run, windows)
         run.hold(_spare_memory(run, max_ram))
         if dry_run:
             return _plan_report(run)
@@ -202,6 +211,18 @@ def _run(
     return report
 
 
+def _allocate(run: Run, windows: Any) -> Run:
+    """The run with the bits of every layer decided, by what a part of the windows shows."""
+    from infopt.recipes.run import Run
+    from infopt.recipes.sensitivity import decide, measure
+
+    parts = measure(run, windows[:8], lambda i: _note(f"sensitivity of block {i + 1}/{run.blocks}"))
+    recipe, found = decide(run, parts)
+    spread = ", ".join(f"{count} layers of {bits} bits" for bits, count in found["layers"].items())
+    _note(f"{found['bits']:.3f} bits on average: {spread}")
+    return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found)
+
+
 def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None]) -> Verdict:
     """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
     from infopt.report import show_verdict
@@ -215,17 +236,15 @@ def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | No
 def _spare_memory(run: Run, limit: str | None) -> int:
     """The bytes that --max-ram leaves for activations; OutOfResources if the run cannot start at all."""
     from infopt.errors import OutOfResources
+    from infopt.recipe import parse_size
     from infopt.recipes.run import memory_needed
 
     if limit is None:
         return 0
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    digits = limit.rstrip("KMGiBkmgb ")
-    unit = limit[len(digits) :].strip().upper()
     try:
-        most = float(digits) * units[unit]
-    except (ValueError, KeyError):
-        raise UsageError(f"--max-ram {limit}", "not a size", "write it like 8GB or 512MiB") from None
+        most = parse_size(limit)
+    except ValueError as error:
+        raise UsageError(f"--max-ram {limit}", str(error), "--max-ram 8GB") from None
     need = memory_needed(run)
     if need > most:
         raise OutOfResources(

@@ -66,6 +66,33 @@ class CacheScheme(_Strict):
     symmetric: bool = True
 
 
+class Override(_Strict):
+    """Other weights for some layers. match: glob or `re:` patterns of module paths."""
+
+    match: tuple[str, ...] = Field(min_length=1, strict=False)
+    weights: WeightScheme
+
+
+class Target(_Strict):
+    """A budget that decides the bits of every layer: `bits` on average (of codes, without scales), or the `size` of all
+    weight files, such as "3GB". choices: the bits to choose from."""
+
+    bits: float | None = Field(default=None, gt=0)
+    size: str | None = None
+    choices: tuple[Literal[2, 3, 4, 8], ...] = Field(default=(3, 4, 8), min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Target:
+        if (self.bits is None) == (self.size is None):
+            raise ValueError("give either bits or size")
+        self.nbytes()
+        return self
+
+    def nbytes(self) -> int:
+        """The size in bytes, 0 where the target is bits."""
+        return parse_size(self.size) if self.size is not None else 0
+
+
 class CalibrationData(_Strict):
     """Where calibration tokens come from: `num_samples` windows of `seqlen` tokens."""
 
@@ -80,6 +107,7 @@ class CalibrationData(_Strict):
 class Recipe(_Strict):
     """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths. inputs: how
     the inputs of quantized layers are rounded, None if they are not. kv_cache: how the cache is, None for a float one.
+    overrides: layers with other weights, the first that matches counts. target: a budget from which overrides are made.
     Without steps the weights stay as they are, and only the cache is quantized.
 
     sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
@@ -96,6 +124,8 @@ class Recipe(_Strict):
     weights: WeightScheme = WeightScheme()
     inputs: InputScheme | None = None
     kv_cache: CacheScheme | None = None
+    overrides: tuple[Override, ...] = Field(default=(), strict=False)
+    target: Target | None = None
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
     calibration: CalibrationData = CalibrationData()
@@ -178,7 +208,16 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}" if known else ""
 
 
-def match_ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
+def parse_size(text: str) -> int:
+    """Bytes of "3GB", "512MiB"; ValueError with a sentence for anything else."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text.strip())
+    if not found or found[2].upper() not in units:
+        raise ValueError(f"{text[:40]!r} is no size; write it like 8GB or 512MiB")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def match_layers(patterns: tuple[str, ...], names: list[str], what: str = "--ignore") -> set[str]:
     """The names that some pattern matches (a glob, a whole path, or `re:...` from the start of the path).
 
     A pattern that matches nothing is a UsageError: it is a typing mistake that would quantize what was to be kept.
@@ -189,14 +228,14 @@ def match_ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
             try:
                 compiled = re.compile(pattern[3:])
             except re.error as error:
-                raise UsageError(f"--ignore {pattern}", f"not a regular expression: {error}", "") from error
+                raise UsageError(f"{what} {pattern}", f"not a regular expression: {error}", "") from error
             found = {name for name in names if compiled.match(name)}
         else:
             found = set(fnmatch.filter(names, pattern))
         if not found:
             fix = did_you_mean(pattern, names[:2000])
             raise UsageError(
-                f"--ignore {pattern}", "it matches no layer of this model", f"{fix} (`infopt inspect MODEL`)"
+                f"{what} {pattern}", "it matches no layer of this model", f"{fix} (`infopt inspect MODEL`)"
             )
         ignored |= found
     return ignored
@@ -207,6 +246,8 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
         "weights": WeightScheme,
         "inputs": InputScheme,
         "kv_cache": CacheScheme,
+        "overrides": Override,
+        "target": Target,
         "calibration": CalibrationData,
     }
     model = models.get(str(location[0]), Recipe) if location else Recipe

@@ -126,23 +126,23 @@ def _solve_columns(
     scale_KO: torch.Tensor,
     zero_KO: torch.Tensor,
 ) -> torch.Tensor:
-    """Solve some columns in place (w_KO is spoilt); returns their errors e [K, O] for whoever comes after them."""
+    """Solve some columns in place: w_KO becomes their errors e [K, O], for whoever comes after them."""
     count = len(w_KO)
     if count > _LEAF:
         half = count // 2
         left, right = slice(0, half), slice(half, count)
         first = _solve_columns(w_KO[left], codes_KO[left], u_KK[left, left], grid, scale_KO[left], zero_KO[left])
         w_KO[right].addmm_(u_KK[left, right].T, first, alpha=-1)
-        last = _solve_columns(w_KO[right], codes_KO[right], u_KK[right, right], grid, scale_KO[right], zero_KO[right])
-        return torch.cat((first, last))
-    for j in range(count):
-        codes_O = grid.encode(w_KO[j], scale_KO[j], zero_KO[j])
-        codes_KO[j] = codes_O
+        _solve_columns(w_KO[right], codes_KO[right], u_KK[right, right], grid, scale_KO[right], zero_KO[right])
+        return w_KO
+    columns = zip(*(part.unbind() for part in (w_KO, codes_KO, scale_KO, zero_KO)), strict=True)
+    for j, (w_O, codes_O, scale_O, zero_O) in enumerate(columns):
+        codes_O.copy_(grid.encode(w_O, scale_O, zero_O))
         # The row of w turns into the row of e: nothing reads the weight after its own column is done.
-        w_KO[j].sub_(grid.decode(codes_O, scale_KO[j], zero_KO[j])).div_(u_KK[j, j])
+        w_O.sub_(grid.decode(codes_O, scale_O, zero_O)).div_(u_KK[j, j])
         if j + 1 < count:
-            w_KO[j + 1 :].addr_(u_KK[j, j + 1 :], w_KO[j], alpha=-1)
-    return w_KO.clone()
+            w_KO[j + 1 :].addr_(u_KK[j, j + 1 :], w_O, alpha=-1)
+    return w_KO
 
 
 @dataclass(frozen=True)

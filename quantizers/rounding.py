@@ -28,6 +28,7 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.work import BlockWork
 from infopt.topology import Op, Space
 
+_CHUNK = 64  # rows whose candidates are tried together
 CLIPPING = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 NEAR = tuple(1 + i / 128 for i in sorted(range(-6, 7), key=abs))  # steps of the significant bits of a bf16 scale
 
@@ -41,6 +42,9 @@ def choose_range(
     blocks that are cut short). ratios: candidates for the range as a part of the extremes, the first one first.
     """
     rows, columns = w_OI.shape
+    if grid.rows == 1 and len(ratios) > 1 and rows > _CHUNK:  # a few rows at a time stay in the processor's cache
+        parts = [choose_range(part, grid, weight, ratios) for part in w_OI.split(_CHUNK)]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
     width = grid.width(columns)
     w_OGK = F.pad(w_OI, (0, -columns % width)).view(rows, -1, width)
     low_RG = -_by_rows(-w_OGK.amin(-1), grid, "amax").clamp_min(0)
@@ -81,6 +85,8 @@ def _error(
     d_OGK = torch.div(w_OGK, scale)
     if grid.kind == "float":
         d_OGK = to_fp8(d_OGK).float().mul_(scale).sub_(w_OGK)
+    elif grid.symmetric:
+        d_OGK.round_().clamp_(-grid.middle, grid.levels - grid.middle).mul_(scale).sub_(w_OGK)
     else:
         d_OGK.add_(zero).round_().clamp_(0, grid.levels).sub_(zero).mul_(scale).sub_(w_OGK)
     if weight is None:

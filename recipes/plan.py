@@ -12,7 +12,7 @@ from infopt.errors import UsageError
 from infopt.grid import GROUPS, Grid, Inputs
 from infopt.kv_cache import CacheGrid
 from infopt.model import Skeleton
-from infopt.recipe import Recipe, match_ignored
+from infopt.recipe import Recipe, WeightScheme, match_layers
 
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,18 +33,17 @@ def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     inside = {name for name in linears if any(name.startswith(f"{block}.") for block in skeleton.blocks)}
     if not recipe.steps:  # only the cache is quantized
         return Plan({}, dict.fromkeys(linears, "the recipe has no steps"), frozenset())
-    ignored = match_ignored(recipe.ignore, list(linears))
+    ignored = match_layers(recipe.ignore, list(linears))
+    schemes = _schemes(recipe, [name for name in linears if name in inside])
     grids: dict[str, Grid] = {}
     kept: dict[str, str] = {name: "outside the decoder blocks" for name in linears if name not in inside}
     unfit: list[str] = []
     for name in sorted(inside, key=list(linears).index):
         columns = columns_of(linears[name])
-        grid = None if name in ignored else _grid(skeleton, name, columns, recipe)
+        grid = None if name in ignored else _grid(skeleton, name, columns, recipe, schemes[name])
         if grid is None:
             kept[name] = (
-                "ignored by the recipe"
-                if name in ignored
-                else f"{columns} columns, {recipe.weights.group_size} a group"
+                "ignored by the recipe" if name in ignored else f"{columns} columns, {schemes[name].group_size} a group"
             )
         elif not grid.fits(columns):
             unfit.append(f"{name} ({columns} columns)")
@@ -79,11 +78,20 @@ def out_in(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
-def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe) -> Grid | None:
+def _schemes(recipe: Recipe, names: list[str]) -> dict[str, WeightScheme]:
+    """Each layer's weights; UsageError for an override that matches nothing."""
+    schemes = dict.fromkeys(names, recipe.weights)
+    for override in reversed(recipe.overrides):  # the first one counts, so it comes last
+        for name in match_layers(override.match, names, "overrides: match"):
+            schemes[name] = override.weights
+    return schemes
+
+
+def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe, weights: WeightScheme) -> Grid | None:
     block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
     key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
     stored = skeleton.weights.tensors[key].dtype
-    weights, size = recipe.weights, recipe.weights.group_size
+    size = weights.group_size
     words: dict[int | str, tuple[int | None, int | None]] = {
         "channel": (None, 1),
         "tensor": (None, None),

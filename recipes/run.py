@@ -40,8 +40,11 @@ from infopt.quantizers.kv_cache import choose_scales
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
 from infopt.recipes.marks import BlockReport, Marks, file_digest
+from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
 from infopt.topology import Space, Topology
+
+_ERROR_ROWS = 256  # output channels of a layer whose error is reported, evenly spread
 
 
 class Run:
@@ -56,7 +59,9 @@ class Run:
         windows_NT: torch.Tensor | None,
         data_report: dict[str, Any] | None = None,
         form: Format = compressed_tensors.FORMAT,
+        allocation: dict[str, Any] | None = None,
     ) -> None:
+        self.allocation = allocation
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
         self.form = form
@@ -226,6 +231,13 @@ class Run:
             return None
         return choose_scales(self.cache, self._stream.watch_cache(i, block))
 
+    def stored_key(self, name: str) -> str:
+        """The checkpoint's key of a planned layer's weight, by the layer's module path."""
+        i, block = max(
+            enumerate(self.skeleton.blocks), key=lambda at: len(at[1]) if name.startswith(f"{at[1]}.") else 0
+        )
+        return self.skeleton.weight_key(i, name.removeprefix(f"{block}."))
+
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
         return [name.removeprefix(prefix) for name in self.plan.grids if name.startswith(prefix)]
@@ -255,8 +267,9 @@ class Run:
             w_OI, q_OI = work.weight(op), q.dequantize()
             error = None
             if space.name in work.stats and "gram" in work.stats[space.name].needs:
+                some = slice(None, None, -(-len(w_OI) // _ERROR_ROWS))
                 gram = work.gram(space)
-                error = output_error(q_OI - w_OI, gram) / max(output_error(w_OI, gram), 1e-30)
+                error = output_error((q_OI - w_OI)[some], gram) / max(output_error(w_OI[some], gram), 1e-30)
             layers[self.skeleton.weight_key(i, op.name).removesuffix(".weight")] = {
                 "type": q.grid.kind,
                 "bits": q.grid.bits,
@@ -300,6 +313,8 @@ class Run:
         write_folder(stage, self.reader, settings)
         (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         write_json(stage / "infopt.json", self._summary(reports))
+        if self.allocation:
+            (stage / "pareto.svg").write_text(pareto_svg(self.allocation), encoding="utf-8")
         write_manifest(stage)
 
     def _file_names(self, names: frozenset[str]) -> Iterator[str]:
@@ -319,11 +334,14 @@ class Run:
             "layers": {name: layer for r in reports for name, layer in r.layers.items()},
             "rewritten": [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
             "kept": self.plan.kept,
+            **({"allocation": self.allocation} if self.allocation else {}),
         }
 
 
 def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
-    """Whether calibration data must be read: for a step, or for static scales of the cache."""
+    """Whether calibration data must be read: for a step, for static scales of the cache, or to choose bits."""
+    if recipe.target is not None:
+        return True
     return any(step.needs for step in steps) or (recipe.kv_cache is not None and recipe.kv_cache.strategy != "token")
 
 
