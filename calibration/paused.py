@@ -20,6 +20,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,19 @@ import torch
 from torch import nn
 
 from infopt.errors import Unsupported
+from infopt.experts import experts_in
 from infopt.memory import memory_of
 from infopt.topology import Space, Topology
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A pass has reached the experts at `path`: their input and where the router sends its tokens."""
+
+    path: str
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
 
 
 class Paused:
@@ -45,13 +57,16 @@ class Paused:
         ] = {}  # offset in the file, version written there
         self._parked: list[weakref.ref[torch.Tensor]] = []
 
-    def resume(self) -> tuple[Space, torch.Tensor] | torch.Tensor:
-        """Run to the next space: (the space, its input [B, T, C]); at the end the block's output [B, T, C]."""
+    def resume(self, given: torch.Tensor | None = None) -> tuple[Space, torch.Tensor] | Arrival | torch.Tensor:
+        """Run to the next space: (the space, its input [B, T, C]); or to a layer of experts, whose answer is then to be
+        `given`; at the end the block's output [B, T, C]."""
         self._unpark()
-        arguments, self._first = self._first, ()
+        arguments, self._first = self._first or ((given,) if given is not None else ()), ()
         answer = self._greenlet.switch(*arguments)
         if isinstance(answer, tuple):
             self._held.append(weakref.ref(answer[1]))
+        elif isinstance(answer, Arrival):
+            self._held.append(weakref.ref(answer.hidden))
         elif self._file:
             self._file.close()
         return answer
@@ -91,15 +106,22 @@ class Paused:
 
 @contextmanager
 def stops(block: nn.Module, topology: Topology) -> Iterator[None]:
-    """Inside the context a pass through the block stops at each space's first reader."""
+    """Inside the context a pass through the block stops at each space's first reader, and once at a layer of experts,
+    which `infopt.calibration.routed` then runs in its place."""
     handles = []
+    experts = experts_in(block)
+    for path, module in experts.items():
+        module.delegate = _arrive_at(path)
     for space in topology.spaces:
-        handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
+        if not space.readers[0].startswith(tuple(f"{path}." for path in experts)):
+            handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts.values():
+            module.delegate = None
 
 
 def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -107,6 +129,14 @@ def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], No
         _greenlet_type().getcurrent().parent.switch((space, args[0]))
 
     return hook
+
+
+def _arrive_at(path: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def arrive(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = _greenlet_type().getcurrent().parent.switch(Arrival(path, hidden, index, weights))
+        return answer
+
+    return arrive
 
 
 def _greenlet_type() -> Any:

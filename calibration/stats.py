@@ -19,12 +19,15 @@ class InputStats:
     """Sums over the calibration inputs x_TC of one space, all fp32.
 
     gram: X^T X [C, C]. mean_abs: mean |x| per channel [C], unless it was said that nobody needs it. tokens: rows seen.
+    routed: for a space inside an expert, the tokens that the router sent there; where these are fewer than `tokens`, the
+    expert was shown the whole batch.
     """
 
     def __init__(self, width: int, absolute: bool = True) -> None:
         self._upper_CC = torch.zeros(width, width)
         self._abs_C = torch.zeros(width) if absolute else None
         self.tokens = 0
+        self.routed: int | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """Count activations [..., C]."""
@@ -40,6 +43,8 @@ class InputStats:
         if self._abs_C is not None and other._abs_C is not None:
             self._abs_C += other._abs_C
         self.tokens += other.tokens
+        if self.routed is not None and other.routed is not None:
+            self.routed += other.routed
 
     def finite(self) -> bool:
         """Whether every input was a number, and small enough to be squared."""

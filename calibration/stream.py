@@ -17,6 +17,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -25,9 +26,12 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from infopt.calibration.paused import Paused, stops
+from infopt.calibration.experts import spaces_of
+from infopt.calibration.paused import Arrival, Paused, stops
+from infopt.calibration.routed import RoutedLayer
 from infopt.calibration.stats import InputStats
 from infopt.errors import BadInput, Unsupported
+from infopt.experts import experts_in
 from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
 from infopt.topology import Space, Topology
@@ -39,12 +43,14 @@ _FREED = 32 << 20  # bytes given up by stopped passes, after which the gaps that
 class Stream:
     """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
 
-    hold: bytes of activations that may stay in memory while a pass through a block is stopped.
+    hold: bytes of activations that may stay in memory while a pass through a block is stopped. min_expert_tokens: experts
+    that fewer tokens reach are shown the whole batch.
     """
 
     def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path) -> None:
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
         self.hold = 0
+        self.min_expert_tokens = 0
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -70,7 +76,8 @@ class Stream:
 
     @torch.no_grad()
     def gather(self, i: int, block: nn.Module, topology: Topology) -> dict[str, InputStats]:
-        """The statistics of every space of block i, by the space's name, from one forward pass.
+        """The statistics of every space of block i, by the space's name, from one forward pass; from two, where there are
+        experts that too few tokens reach.
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
@@ -78,9 +85,36 @@ class Stream:
         with _muted(block, topology), _observed(block, topology, stats):
             for _ in self._outputs(i, block):
                 pass
+        self._show_everything(i, block, topology, stats)
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
         return stats
+
+    def _show_everything(self, i: int, block: nn.Module, topology: Topology, stats: dict[str, InputStats]) -> None:
+        """Gather once more for the experts that too few tokens reached, on all tokens."""
+        again: list[Space] = []
+        layers = experts_in(block)
+        for path, experts in layers.items():
+            whole = set()
+            for number, spaces in enumerate(spaces_of(topology, path)):
+                for space in spaces:
+                    stats[space.name].routed = stats[space.name].tokens
+                if stats[spaces[0].name].tokens < self.min_expert_tokens:
+                    whole.add(number)
+                    again += spaces
+            experts.whole = frozenset(whole)
+        for space in again:
+            counted = stats[space.name].routed
+            stats[space.name] = InputStats(space.width)
+            stats[space.name].routed = counted
+        try:
+            if again:
+                with _observed(block, replace(topology, spaces=tuple(again)), stats):
+                    for _ in self._outputs(i, block):
+                        pass
+        finally:
+            for experts in layers.values():
+                experts.whole = frozenset()
 
     @torch.no_grad()
     def walk(
@@ -96,29 +130,39 @@ class Stream:
         waiting: dict[int, str] = {}
         held: dict[str, int] = defaultdict(int)
         freed = [0]
+        layers = self._layers(block)
 
-        def go_on(batch: int, forward: Paused, output: BinaryIO) -> None:
-            answer = forward.resume()
+        def go_on(batch: int, forward: Paused, output: BinaryIO, given: torch.Tensor | None = None) -> None:
+            answer = forward.resume(given)
             if isinstance(answer, torch.Tensor):
                 output.seek(self._batches[batch].start * self._window_bytes)
                 answer = answer.float().contiguous()
                 output.write(memory_of(answer))
                 return
-            space, x = answer
-            waiting[batch] = space.name
-            if space.name not in stats:
-                stats[space.name] = InputStats(space.width, absolute=False)
-            stats[space.name].add(x)
-            del answer, x
+            if isinstance(answer, Arrival):
+                waiting[batch] = place = answer.path
+                layers[place].arrive(batch, self._batches[batch].start * self._windows_NT.shape[1], answer)
+            else:
+                space, x = answer
+                waiting[batch] = place = space.name
+                if place not in stats:
+                    stats[place] = InputStats(space.width, absolute=False)
+                stats[place].add(x)
+                del x
+            del answer
             size = forward.nbytes
-            if held[space.name] + size <= self.hold:
-                held[space.name] += size
+            if held[place] + size <= self.hold:
+                held[place] += size
                 return
             forward.park()
             freed[0] += size
             if freed[0] > _FREED:
                 freed[0] = 0
                 release()
+
+        def checked(space: Space, found: InputStats) -> None:
+            self._check_finite(i, space, found)
+            at_space(space, found)
 
         with (
             stops(block, topology),
@@ -130,15 +174,17 @@ class Stream:
                 run = partial(self._call(i, windows).run, block)
                 forwards.append(Paused(run, self._read(file, len(windows)), self._folder))
                 go_on(batch, forwards[batch], output)
-            for space in topology.spaces:
-                found = stats.pop(space.name, None) or InputStats(space.width, absolute=False)
-                self._check_finite(i, space, found)
-                at_space(space, found)
-                for batch in [batch for batch, name in waiting.items() if name == space.name]:
-                    if last and space is topology.spaces[-1]:
+            places = _places(topology, list(layers))
+            for place, spaces in places.items():
+                if place in layers:
+                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
+                else:
+                    checked(spaces[0], stats.pop(place, None) or InputStats(spaces[0].width, absolute=False))
+                for batch in [batch for batch, name in waiting.items() if name == place]:
+                    if last and place == list(places)[-1]:
                         break  # nobody reads what comes out of the model here
                     del waiting[batch]
-                    go_on(batch, forwards[batch], output)
+                    go_on(batch, forwards[batch], output, layers[place].output(batch) if place in layers else None)
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
@@ -155,6 +201,10 @@ class Stream:
     def forget(self, i: int) -> None:
         """Delete the input of block i."""
         self._path(i).unlink(missing_ok=True)
+
+    def _layers(self, block: nn.Module) -> dict[str, RoutedLayer]:
+        tokens = self._windows_NT.numel()
+        return {path: RoutedLayer(experts, tokens, self._folder) for path, experts in experts_in(block).items()}
 
     def _outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         with self._path(i).open("rb") as file:
@@ -195,6 +245,16 @@ class Stream:
 
     def _path(self, i: int) -> Path:
         return self._folder / f"hidden-{i:05d}.f32"
+
+
+def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
+    """Where the passes through a block stop, in order: {a space's name: [it], or the path of a layer of experts: all its
+    experts' spaces}."""
+    places: dict[str, list[Space]] = defaultdict(list)
+    for space in topology.spaces:
+        inside = [path for path in layers if space.readers[0].startswith(f"{path}.")]
+        places[inside[0] if inside else space.name].append(space)
+    return places
 
 
 def _digest(path: Path) -> str:

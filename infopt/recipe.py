@@ -51,6 +51,8 @@ class Recipe(_Strict):
     quantized blocks before its own (`block`).
     group_fallback: what happens to a layer whose columns the group size does not divide: `error`, `adjust` (the largest
     group that divides, else the channel) or `skip` (left unquantized, in the report).
+    min_expert_tokens: an expert that fewer calibration tokens reach is calibrated on the whole batch instead. 0: never; an
+    expert without tokens is then rounded without data.
     """
 
     name: str = "custom"
@@ -60,6 +62,7 @@ class Recipe(_Strict):
     weights: WeightScheme = WeightScheme()
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
+    min_expert_tokens: int = Field(default=16, ge=0)
     calibration: CalibrationData = CalibrationData()
 
     def to_yaml(self) -> str:

@@ -37,6 +37,7 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
+from infopt.recipes import experts
 from infopt.recipes.plan import columns_of, plan
 from infopt.topology import Space, Topology
 
@@ -82,6 +83,7 @@ class Run:
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden")
+            self._stream.min_expert_tokens = recipe.min_expert_tokens
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
 
@@ -92,6 +94,17 @@ class Run:
     @property
     def needs_data(self) -> bool:
         return self._stream is not None
+
+    @property
+    def _walks(self) -> bool:
+        """Whether rounding stops at every space."""
+        data = any(step.needs_stats for step in self.steps if not step.rewrites)
+        return self.recipe.sequential == "space" and data
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the statistics of a whole block are held at once."""
+        return self.needs_data and (not self._walks or any(step.rewrites for step in self.steps))
 
     @property
     def batch_tokens(self) -> int:
@@ -198,7 +211,8 @@ class Run:
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
         self._write_part(i, work)
-        report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), work.notes, hidden,
+        notes = [*self._left_alone(i), *experts.merged(work.notes, block), *experts.tell(layers)]
+        report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), notes, hidden,
                              _file_digest(self._part_path(i)))  # fmt: skip
         write_json(self._mark_path(i), report.__dict__)
         if self._stream:
@@ -211,7 +225,6 @@ class Run:
         """Let every step work on the block and run it on: (each layer's report, the digest of the next block's input)."""
         rewriting = [step for step in self.steps if step.rewrites]
         rounding = [step for step in self.steps if not step.rewrites]
-        by_space = self.recipe.sequential == "space" and any(step.needs_stats for step in rounding)
         layers: dict[str, dict[str, Any]] = {}
 
         def round_space(space: Space, found: InputStats | None = None) -> None:
@@ -222,17 +235,23 @@ class Run:
             layers.update(self._install(i, work, space))
             work.forget(space)  # a space is done when its readers are
 
-        if self._stream and (rewriting or not by_space):
+        if self._stream and self.gathers:
             work.stats.update(self._stream.gather(i, work.block, work.topology))
         for step in rewriting:
             for space in work.topology.spaces:
                 step(work, space)
-        if self._stream and by_space:
+        if self._stream and self._walks:
             return layers, self._stream.walk(i, work.block, work.topology, round_space)
         for space in work.topology.spaces:
             round_space(space)
         last = i + 1 == self.blocks
         return layers, self._stream.advance(i, work.block) if self._stream and not last else None
+
+    def _left_alone(self, i: int) -> list[str]:
+        """Notes on the block's experts that could not be taken apart."""
+        prefix = f"{self.skeleton.blocks[i]}."
+        stacked = self.skeleton.stacked.items()
+        return [f"{path.removeprefix(prefix)} stays float: {why}" for path, why in stacked if path.startswith(prefix)]
 
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
@@ -271,6 +290,7 @@ class Run:
                 "symmetric": q.grid.symmetric,
                 "error": error,
                 "digest": q.digest(),
+                **experts.facts(work.stats.get(space.name)),
             }
             w_OI.copy_(q_OI)
         return layers
@@ -298,8 +318,10 @@ class Run:
         keys = [*self.skeleton.outer_keys(), *self.skeleton.extra_keys()]
         write_safetensors(outer, {key: self.reader.get(key) for key in keys})
         merge_shards([outer, *(self._part_path(i) for i in range(self.blocks))], stage)
-        linear_kept = [n for n in self.plan.kept if isinstance(self.skeleton.model.get_submodule(n), nn.Linear)]
-        settings = compressed_tensors.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
+        ignored = experts.ignored_names(self.skeleton, self.plan.kept)
+        stored = experts.names_in_file(self.skeleton, experts.split_names(self.skeleton, self.plan.grids))
+        grids = {stored.get(name, name): grid for name, grid in self.plan.grids.items()}
+        settings = compressed_tensors.config(grids, ignored, self._file_names(self.plan.transposed))
         write_folder(stage, self.reader, settings)
         (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         write_json(stage / "infopt.json", self._summary(reports))
@@ -360,5 +382,7 @@ def memory_needed(run: Run) -> int:
     outer = sum(p.numel() for p in meta.parameters()) - sum(blocks)
     columns = {columns_of(meta.get_submodule(name)) for name in run.plan.grids}
     statistics = 5 * sum(4 * width * width for width in columns) if run.needs_data else 0
+    if run.gathers:
+        statistics += experts.statistics_bytes(run.skeleton)
     batch = 12 * 4 * max(columns) * run.batch_tokens
     return int(400e6 + max(4 * outer, 3 * 4 * max(blocks) + statistics + batch))
