@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from infopt.calibration.stats import InputStats
 from infopt.errors import Unsupported
 from infopt.experts import Expert, Experts, experts_in, is_stack
+from infopt.header import read_json
 from infopt.model import Skeleton
 
 WHOLE_BATCH, NO_DATA = "whole batch", "no data"
@@ -117,9 +119,17 @@ def tell(layers: Mapping[str, Any]) -> list[str]:
     for name, layer in layers.items():
         path, _, _ = name.rpartition(".")
         experts, _, number = path.rpartition(".")
-        if isinstance(layer, Mapping) and isinstance(layer.get("tokens"), int) and number.isdecimal():
+        if isinstance(layer, Mapping) and isinstance(layer.get("tokens"), int) and _is_number(number):
             groups[experts][int(number)] = dict(layer)
     return [f"{path}: {_sentence(found)}" for path, found in groups.items()]
+
+
+def expert_lines(folder: Path) -> list[str]:
+    """`tell` for a folder that infopt made; nothing for another folder. BadInput if its infopt.json is no JSON."""
+    path = folder / "infopt.json"
+    report = read_json(path) if path.is_file() else None
+    layers = report.get("layers") if isinstance(report, dict) else None
+    return tell(layers) if isinstance(layers, dict) else []
 
 
 def _sentence(experts: dict[int, dict[str, Any]]) -> str:
@@ -130,6 +140,10 @@ def _sentence(experts: dict[int, dict[str, Any]]) -> str:
         if which:
             said += f"; {len(which)} of {len(tokens)} {what}, for lack of tokens: {_some(which)}"
     return said
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def _some(numbers: list[int]) -> str:
