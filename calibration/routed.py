@@ -8,14 +8,15 @@ expert without tokens simply has none, and memory holds the statistics of one sp
 An expert that fewer than `floor` tokens reach is shown all of them: the layer's whole input is a better guess of what it
 will read than a handful of tokens, from which a solver would learn noise, and much better than none.
 
-The layer's input and output lie in files without a name, mapped into memory: as large as the calibration set, and the system
-may write their pages out.
+The layer's input and output lie in files without a name, mapped into memory: they are as large as the calibration set, and
+the process holds only the pages of one expert's tokens.
 
 Legend: N tokens of all batches, T tokens of a batch, H hidden width, I inner width.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Callable
@@ -48,17 +49,16 @@ class RoutedLayer:
     def __init__(self, experts: Experts, tokens: int, folder: Path) -> None:
         self._experts, self._tokens, self._folder = experts, tokens, folder
         self._arrivals: dict[int, tuple[slice, Arrival]] = {}
-        self._x_NH = torch.empty(0)
-        self._y_NH = torch.empty(0)
+        self._files: tuple[Rows, ...] = ()  # the layer's input and output, from the first batch on
 
     def arrive(self, batch: int, start: int, arrival: Arrival) -> None:
         """Take a batch's input, whose first token is token `start` of all."""
         x_TH = arrival.hidden.reshape(-1, arrival.hidden.shape[-1])
         if not self._arrivals:
-            self._x_NH = mapped(self._folder, self._tokens, x_TH.shape[1])
-            self._y_NH = mapped(self._folder, self._tokens, x_TH.shape[1])
+            self._files = tuple(Rows(self._folder, self._tokens, x_TH.shape[1]) for _ in range(2))
         rows = slice(start, start + len(x_TH))
-        self._x_NH[rows] = x_TH
+        self._files[0].x[rows] = x_TH
+        self._files[0].release()
         self._arrivals[batch] = rows, arrival
 
     def serve(self, spaces: list[tuple[Space, ...]], at_space: AtSpace, floor: int) -> None:
@@ -74,11 +74,18 @@ class RoutedLayer:
                 routes = [route for route in routes if len(route.token)]
             first, last = spaces[number]
             self._serve_one(expert, routes, first, last, at_space, floor)
+            for file in self._files:
+                file.release()
 
     def output(self, batch: int) -> torch.Tensor:
         """What the layer answers to a batch, in the shape of its input."""
         rows, arrival = self._arrivals[batch]
-        return self._y_NH[rows].clone().view(arrival.hidden.shape)
+        answer = self._files[1].x[rows].clone().view(arrival.hidden.shape)
+        self._files[1].release()
+        return answer
+
+    def _input(self, route: _Route) -> torch.Tensor:
+        return self._files[0].x[route.rows]
 
     def _serve_one(
         self, expert: Expert, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, floor: int
@@ -88,30 +95,34 @@ class RoutedLayer:
         shown = InputStats(first.width, absolute=False)
         shown.routed = count
         for route in routes:
-            x_TH = self._x_NH[route.rows]
+            x_TH = self._input(route)
             shown.add(x_TH if everyone else x_TH[route.token])
         at_space(first, shown)
 
         shown = InputStats(last.width, absolute=False)
         shown.routed = count
-        inner_NI = mapped(self._folder, count, last.width)
-        for route, inner in zip(routes, inner_NI.split([len(route.token) for route in routes]), strict=True):
-            x_TH = self._x_NH[route.rows]
+        inner_NI = Rows(self._folder, count, last.width)
+        for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
+            x_TH = self._input(route)
             inner.copy_(expert.inner(x_TH[route.token]))
             shown.add(expert.inner(x_TH) if everyone else inner)
+        inner_NI.release()
         at_space(last, shown)
 
-        for route, inner in zip(routes, inner_NI.split([len(route.token) for route in routes]), strict=True):
-            add(self._y_NH[route.rows], route.token, expert.down(inner), route.weight)
+        for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
+            add(self._files[1].x[route.rows], route.token, expert.down(inner), route.weight)
 
 
-def mapped(folder: Path, rows: int, columns: int) -> torch.Tensor:
-    """Zeros [rows, columns], fp32, in a file that has no name and goes away with the tensor."""
-    with os_errors(folder), tempfile.NamedTemporaryFile(dir=folder) as file:
-        size = max(rows * columns, 1)
-        os.posix_fallocate(
-            file.fileno(), 0, 4 * size
-        )  # a full disk shows here, and not as a signal in the middle of a sum
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)[: rows * columns].view(
-            rows, columns
-        )
+class Rows:
+    """Zeros [rows, columns], fp32, in a file without a name that goes away with them."""
+
+    def __init__(self, folder: Path, rows: int, columns: int) -> None:
+        size = max(4 * rows * columns, 4)
+        with os_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a signal in the middle of a sum
+            self._map = mmap.mmap(file.fileno(), size)
+        self.x = torch.frombuffer(self._map, dtype=torch.float32)[: rows * columns].view(rows, columns)
+
+    def release(self) -> None:
+        """Keep the file's pages out of this process until they are touched again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
