@@ -74,18 +74,18 @@ def _order(block: nn.Module, names: list[str], call: BlockCall, hidden_BTH: Tens
 def _repeated(
     path: str, experts: Experts, inner: Callable[[Expert, int], Topology]
 ) -> tuple[tuple[Op, ...], tuple[Space, ...]]:
-    one = inner(_small_twin(experts[0]), _SMALL)
+    one = inner(_small_twin(experts.each()[0]), _SMALL)
     ops, spaces = [], []
-    for number, expert in enumerate(experts):
+    for number, expert in enumerate(experts.each()):
         place = f"{path}.{number}"
         for op in one.ops:
-            weight_OI = expert.get_submodule(op.name).weight
-            ops.append(Op(f"{place}.{op.name}", op.kind, weight_OI.shape[0], weight_OI.shape[1]))
+            outputs, inputs = expert.get_parameter(f"{op.name}.weight").shape
+            ops.append(Op(f"{place}.{op.name}", op.kind, outputs, inputs))
         for space in one.spaces:
             spaces.append(
                 Space(
                     name=f"{place}:{space.name.replace('residual->', 'routed->')}",
-                    width=expert.get_submodule(space.readers[0]).weight.shape[1],
+                    width=expert.get_parameter(f"{space.readers[0]}.weight").shape[1],
                     readers=tuple(f"{place}.{name}" for name in space.readers),
                     fold=_placed(place, space),
                     reason=space.reason if space.fed_by else _SHARED,

@@ -63,9 +63,7 @@ class RoutedLayer:
 
     def serve(self, spaces: list[tuple[Space, ...]], at_space: AtSpace, floor: int) -> None:
         """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves."""
-        for number, expert in enumerate(self._experts):
-            if not isinstance(expert, Expert):
-                raise TypeError(f"{type(expert).__name__} is no Expert")
+        for number, expert in enumerate(self._experts.each()):
             routes = [
                 _Route(rows, *routed(number, arrival.index, arrival.weights))
                 for rows, arrival in self._arrivals.values()

@@ -179,7 +179,8 @@ class Stream:
                 if place in layers:
                     layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
                 else:
-                    checked(spaces[0], stats.pop(place, None) or InputStats(spaces[0].width, absolute=False))
+                    nothing = InputStats(spaces[0].width, absolute=False)
+                    checked(spaces[0], stats.pop(place, nothing))
                 for batch in [batch for batch, name in waiting.items() if name == place]:
                     if last and place == list(places)[-1]:
                         break  # nobody reads what comes out of the model here

@@ -233,9 +233,12 @@ class Converters:
         pending: dict[str, WeightConverter] = {}
         for key, tensor in tensors.items():
             target, source = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
+            if source is None:
+                raise ValueError(f"{key} is not converted")
             if target not in pending:
                 pending[target] = copy.deepcopy(by_pattern[source])
-            pending[target].add_tensor(target, key, source, tensor)
+            part: Any = tensor  # declared as a future; transformers takes tensors too, and does when it saves
+            pending[target].add_tensor(target, key, source, part)
         made: dict[str, Tensor] = {}
         for target, converter in pending.items():
             made.update(converter.convert(target, model=self._model, config=self._model.config))
@@ -251,8 +254,9 @@ def small_twin(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
     for name, value in vars(module).items():
         if type(value) is int:
             setattr(twin, name, sizes.get(value, value))
-    if hasattr(twin, "config"):
-        twin.config._experts_implementation = "eager"
+    config: Any = getattr(twin, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"
     return twin
 
 

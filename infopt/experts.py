@@ -78,12 +78,16 @@ class Experts(nn.ModuleList):
         self.whole: frozenset[int] = frozenset()
         self.delegate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
+    def each(self) -> list[Expert]:
+        """The experts in order."""
+        return [module for module in self if isinstance(module, Expert)]
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if self.delegate is not None:
             return self.delegate(hidden_states, top_k_index, top_k_weights)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         out_TH = torch.zeros_like(hidden_TH)
-        for expert, module in enumerate(self):
+        for expert, module in enumerate(self.each()):
             token_N, weight_N = routed(expert, top_k_index, top_k_weights)
             if expert in self.whole:
                 add(out_TH, token_N, module(hidden_TH)[token_N], weight_N)
@@ -130,7 +134,7 @@ def table_of(keys: list[str], count: int) -> dict[str, list[str]] | None:
     found: dict[str, dict[int, str]] = {}
     for part, key in zip(parts, keys, strict=True):
         found.setdefault(part[name], {})[int(part[number])] = key
-    if any(set(by_expert) != set(range(count)) for by_expert in found.values()):
+    if any(len(by_expert) != count or max(by_expert) != count - 1 for by_expert in found.values()):
         return None
     if any(hasattr(Expert, projection) or projection == "activation" for projection in found):
         return None
@@ -164,7 +168,7 @@ class Proof:
 
     def _arrangements(self) -> Iterator[Roles]:
         for names in permutations(self.shapes) if len(self.shapes) in (2, 3) else ():
-            up, down, gate = (*names, None)[:3]
+            up, down, gate = names[0], names[1], names[2] if len(names) == 3 else None
             widths = {self.shapes[name] for name in (up, gate) if name is not None}
             if widths == {self.shapes[down][::-1]}:
                 yield Roles(up, down, gate)
@@ -184,8 +188,9 @@ class Proof:
         twin = self.twin({**small, 2 * inner: 2 * small[inner], **small, count: count})
         for path, tensor in self.convert(tensors).items():
             setattr(twin, path, nn.Parameter(tensor, requires_grad=False))
+        activation = activation_of(twin) or nn.Identity()  # a wrong one proves nothing
         ours = Experts([
-            Expert({name: tensors[keys[e]] for name, keys in self.table.items()}, roles, activation_of(twin))
+            Expert({name: tensors[keys[e]] for name, keys in self.table.items()}, roles, activation)
             for e in range(count)
         ])  # fmt: skip
         worst = 0.0

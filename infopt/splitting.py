@@ -63,7 +63,7 @@ class _Stack:
         shapes = {name: {tuple(self.weights.tensors[key].shape) for key in keys} for name, keys in self.table.items()}
         if any(len(found) != 1 or len(next(iter(found))) != 2 for found in shapes.values()):
             return None, "the experts' matrices differ in shape"
-        flat: dict[str, tuple[int, int]] = {name: next(iter(found)) for name, found in shapes.items()}  # type: ignore[misc]
+        flat: dict[str, tuple[int, int]] = {name: next(iter(found)) for name, found in shapes.items()}
         if not self._fills(flat):
             return None, "the experts' matrices do not fill the module's parameters"
         like = _plain(self.module), tuple(flat.items())

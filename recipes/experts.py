@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from infopt.calibration.stats import InputStats
 from infopt.errors import Unsupported
-from infopt.experts import Expert, Experts, experts_in, is_stack
+from infopt.experts import Experts, experts_in, is_stack
 from infopt.header import read_json
 from infopt.model import Skeleton
 
@@ -96,8 +96,7 @@ def _readers(block: nn.Module) -> list[nn.Linear]:
     one_each = [
         (expert.get_submodule(expert.roles.up), expert.get_submodule(expert.roles.down))
         for experts in experts_in(block).values()
-        for expert in experts
-        if isinstance(expert, Expert)
+        for expert in experts.each()
     ]
     return [linear for pair in one_each for linear in pair if isinstance(linear, nn.Linear)]
 

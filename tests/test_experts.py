@@ -21,11 +21,13 @@ from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
 from infopt.definition import small_twin
+from infopt.errors import BadInput
 from infopt.experts import Expert, Experts, Proof, Roles, obstacle, table_of
 from infopt.exporters.folder import open_model
 from infopt.model import BlockCall, Skeleton
 
 from .families import GROUPED, ROUTED, randomise
+from .folders import complaint
 from .test_quantize import our_logits
 from .tools import infopt, text, tiny
 
@@ -218,8 +220,6 @@ def test_experts_that_are_stored_stacked_stay_and_are_told(family: str, tmp_path
 
 
 def test_experts_of_a_shape_that_the_config_denies_are_refused(tmp_path: Path) -> None:
-    from infopt.errors import BadInput
-
     model = tiny("mixtral", tmp_path)
     tensors = load_file(model / "model.safetensors")
     for e in range(4):
@@ -229,6 +229,23 @@ def test_experts_of_a_shape_that_the_config_denies_are_refused(tmp_path: Path) -
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="experts"):
         skeleton(model).load_block(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_local_experts": 10**9}, "num_local_experts"),
+        ({"num_local_experts": -1}, "num_local_experts"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"num_local_experts": 5}, "gate"),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be(changes: dict[str, int], words: str, tmp_path: Path) -> None:
+    model = tiny("mixtral", tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    complaint(BadInput, lambda: skeleton(model), words, "config.json")
 
 
 # Topology
