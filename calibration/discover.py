@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from infopt.calibration.experts import add_experts
 from infopt.calibration.probe import SAMPLES, Bench, Feed
+from infopt.experts import Expert, experts_in
 from infopt.model import BlockCall, Skeleton
 from infopt.topology import Fold, Law, Op, OpKind, Space, Topology
 
@@ -87,7 +89,14 @@ def _discover(block: nn.Module, width: int, probe_call: BlockCall, proof_call: B
     feeds = _all_feeds(bench, trace)
     proof = _Proof(block, proof_call, hidden_BTH, generator)
     spaces = [_space(number, trace, feeds[number], proof) for number in range(len(trace.reads))]
-    return Topology(trace.ops, _named(spaces), trace.unhandled)
+    topology = Topology(trace.ops, _named(spaces), trace.unhandled)
+    return add_experts(topology, block, proof_call, hidden_BTH, _discover_expert)
+
+
+def _discover_expert(expert: Expert, width: int) -> Topology:
+    """One expert as a block of its own."""
+    alone = BlockCall((), {})
+    return _discover(expert, width, alone, alone)
 
 
 # 1. Trace
@@ -103,7 +112,12 @@ class _Trace:
 
 
 def _trace(block: nn.Module, call: BlockCall, hidden_BTH: Tensor) -> _Trace:
-    candidates = {name: op for name, module in block.named_modules() if (op := _as_op(name, module)) is not None}
+    apart = tuple(f"{path}." for path in experts_in(block))  # which experts run depends on the tokens
+    candidates = {
+        name: op
+        for name, module in block.named_modules()
+        if not name.startswith(apart) and (op := _as_op(name, module)) is not None
+    }
     runs: list[tuple[str, Tensor, tuple[int, ...]]] = []  # the tensors are kept alive, so that addresses stay unique
 
     def hook(op: Op) -> Callable[..., None]:
@@ -126,7 +140,7 @@ def _trace(block: nn.Module, call: BlockCall, hidden_BTH: Tensor) -> _Trace:
         if name in once and candidates[name].kind != "norm":
             groups.setdefault(address, []).append(name)
     owned = {f"{name}.{part}" for name in once for part in ("weight", "bias")}
-    unhandled = tuple(name for name, _ in block.named_parameters() if name not in owned)
+    unhandled = tuple(name for name, _ in block.named_parameters() if name not in owned and not name.startswith(apart))
     return _Trace(tuple(candidates[name] for name in once), [tuple(group) for group in groups.values()], unhandled)
 
 

@@ -19,6 +19,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,19 @@ import torch
 from torch import nn
 
 from infopt.errors import Unsupported
+from infopt.experts import experts_in
 from infopt.memory import memory_of
 from infopt.topology import Space, Topology
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A pass has reached the experts at `path`: their input and where the router sends its tokens."""
+
+    path: str
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
 
 
 class ParkingFile:
@@ -64,11 +76,14 @@ class Paused:
         self._written: dict[weakref.ref[torch.Tensor], tuple[int, int]] = {}
         self._parked: list[weakref.ref[torch.Tensor]] = []
 
-    def resume(self) -> tuple[Space, torch.Tensor] | torch.Tensor:
-        """Run to the next space: (the space, its input [B, T, C]); at the end the block's output [B, T, C]."""
+    def resume(self, given: torch.Tensor | None = None) -> tuple[Space, torch.Tensor] | Arrival | torch.Tensor:
+        """Run to the next space: (the space, its input [B, T, C]); or to a layer of experts, whose answer is then to be
+        `given`; at the end the block's output [B, T, C]."""
         self._unpark()
-        arguments, self._first = self._first, ()
-        answer: tuple[Space, torch.Tensor] | torch.Tensor = self._greenlet.switch(*arguments)
+        arguments, self._first = self._first or ((given,) if given is not None else ()), ()
+        answer: tuple[Space, torch.Tensor] | Arrival | torch.Tensor = self._greenlet.switch(*arguments)
+        if isinstance(answer, Arrival):
+            self._held.append(weakref.ref(answer.hidden))
         return answer
 
     @property
@@ -105,21 +120,29 @@ class Paused:
 
 @contextmanager
 def stops(block: nn.Module, topology: Topology) -> Iterator[None]:
-    """Inside the context a pass through the block stops at each space's first reader, and every layer's input is known."""
+    """Inside the context a pass through the block stops at each space's first reader, and once at a layer of experts,
+    which `infopt.calibration.routed` then runs in its place. Every layer's input is known."""
     leaves = [module for module in block.modules() if not any(module.children())]
     handles = [module.register_forward_pre_hook(_note_input) for module in leaves]
+    experts = experts_in(block)
+    for path, module in experts.items():
+        module.delegate = _arrive_at(path)
     for space in topology.spaces:
-        handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
+        if not space.readers[0].startswith(tuple(f"{path}." for path in experts)):
+            handles.append(block.get_submodule(space.readers[0]).register_forward_pre_hook(_stop_at(space)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts.values():
+            module.delegate = None
 
 
 def _note_input(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    if args:
-        _greenlet_type().getcurrent().held.append(weakref.ref(args[0]))
+    held = getattr(_greenlet_type().getcurrent(), "held", None)  # None where experts run between two stops
+    if args and held is not None:
+        held.append(weakref.ref(args[0]))
 
 
 def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -127,6 +150,14 @@ def _stop_at(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], No
         _greenlet_type().getcurrent().parent.switch((space, args[0]))
 
     return hook
+
+
+def _arrive_at(path: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def arrive(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = _greenlet_type().getcurrent().parent.switch(Arrival(path, hidden, index, weights))
+        return answer
+
+    return arrive
 
 
 def _greenlet_type() -> Any:

@@ -24,6 +24,8 @@ class InputStats:
     gram: X^T X [C, C]. mean: mean |x| per channel [C]. max: max |x| per channel [C]. sample: some of the rows [S, C],
     evenly spread over the tokens. shift: (Y - X)^T X [C, C], where y_TC are the same tokens' inputs in the original model;
     it is not part of `EVERYTHING`. tokens: rows seen. Asking for what was not gathered is a ValueError.
+    routed: for a space inside an expert, the tokens that the router sent there; where these are fewer than `tokens`, the
+    expert was shown the whole batch.
     """
 
     def __init__(self, width: int, needs: frozenset[str] = EVERYTHING) -> None:
@@ -35,6 +37,7 @@ class InputStats:
         self._max_C = torch.zeros(width)
         self._rows: list[torch.Tensor] = []
         self._stride, self._phase = _STRIDE, 0
+        self.routed: int | None = None
 
     def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
         """Count activations [..., C]; original: what the original model has in their place."""
@@ -64,6 +67,8 @@ class InputStats:
         self._rows += other._rows
         self.tokens += other.tokens
         self._thin()
+        if self.routed is not None and other.routed is not None:
+            self.routed += other.routed
 
     def finite(self) -> bool:
         """Whether every input was a number, and small enough to be squared."""

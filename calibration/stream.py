@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BufferedReader
 from itertools import islice
@@ -29,9 +29,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from infopt.calibration.paused import ParkingFile, Paused, stops
+from infopt.calibration.experts import spaces_of
+from infopt.calibration.paused import Arrival, ParkingFile, Paused, stops
+from infopt.calibration.routed import RoutedLayer
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
+from infopt.experts import experts_in
 from infopt.kv_cache import WatchingCache, with_cache
 from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
@@ -46,7 +49,8 @@ _FREED = 64 << 20  # bytes given up by stopped passes, after which the gaps that
 class Stream:
     """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
 
-    hold: bytes of activations that may stay in memory while a pass through a block is stopped.
+    hold: bytes of activations that may stay in memory while a pass through a block is stopped. min_expert_tokens: experts
+    that fewer tokens reach are shown the whole batch.
     """
 
     def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False) -> None:
@@ -54,6 +58,7 @@ class Stream:
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
         self.hold = 0
         self.cache: Any = None  # given to a block in place of no key-value cache
+        self.min_expert_tokens = 0
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -85,7 +90,8 @@ class Stream:
     def gather(
         self, i: int, block: nn.Module, topology: Topology, needs: frozenset[str] = EVERYTHING
     ) -> dict[str, InputStats]:
-        """The statistics of every space of block i, by the space's name, from one forward pass.
+        """The statistics of every space of block i, by the space's name, from one forward pass; from two, where there are
+        experts that too few tokens reach.
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
@@ -93,9 +99,38 @@ class Stream:
         with _muted(block, topology), _observed(block, topology, stats):
             for _ in self.outputs(i, block):
                 pass
+        self._show_everything(i, block, topology, stats, needs)
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
         return stats
+
+    def _show_everything(
+        self, i: int, block: nn.Module, topology: Topology, stats: dict[str, InputStats], needs: frozenset[str]
+    ) -> None:
+        """Gather once more for the experts that too few tokens reached, on all tokens."""
+        again: list[Space] = []
+        layers = experts_in(block)
+        for path, experts in layers.items():
+            whole = set()
+            for number, spaces in enumerate(spaces_of(topology, path)):
+                for space in spaces:
+                    stats[space.name].routed = stats[space.name].tokens
+                if stats[spaces[0].name].tokens < self.min_expert_tokens:
+                    whole.add(number)
+                    again += spaces
+            experts.whole = frozenset(whole)
+        for space in again:
+            counted = stats[space.name].routed
+            stats[space.name] = InputStats(space.width, needs)
+            stats[space.name].routed = counted
+        try:
+            if again:
+                with _observed(block, replace(topology, spaces=tuple(again)), stats):
+                    for _ in self.outputs(i, block):
+                        pass
+        finally:
+            for experts in layers.values():
+                experts.whole = frozenset()
 
     @torch.no_grad()
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -125,51 +160,64 @@ class Stream:
         stats: dict[str, InputStats] = {}
         waiting: dict[int, str] = {}
         tracks = [_Track(self._path(i), block, self.cache, self._parking[_RUN])]
+        layers = self._layers(block, needs)
         if self._twin:
+            if layers:
+                raise _no_twin(self._skeleton.blocks[i])
             tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None, self._parking[_ORIGINAL]))
         held = _Held(self.hold)
+
+        def go_on(batch: int, given: torch.Tensor | None = None) -> None:
+            inputs = []
+            for track in tracks:
+                answer = track.forwards[batch].resume(given)
+                if isinstance(answer, torch.Tensor):
+                    track.output.seek(self._batches[batch].start * self._window_bytes)
+                    answer = answer.float().contiguous()
+                    track.output.write(memory_of(answer))
+                elif isinstance(answer, Arrival):
+                    waiting[batch] = answer.path
+                    layers[answer.path].arrive(batch, self._batches[batch].start * self._windows_NT.shape[1], answer)
+                else:
+                    space, x = answer
+                    waiting[batch] = space.name
+                    inputs.append(x)
+                    if space.name not in stats:
+                        stats[space.name] = InputStats(space.width, needs)
+                    del x
+                del answer
+            if inputs:
+                stats[waiting[batch]].add(*inputs)
+            del inputs
+            for track in tracks:
+                held.park(waiting.get(batch, ""), track.forwards[batch])
+
+        def checked(space: Space, found: InputStats) -> None:
+            self._check_finite(i, space, found)
+            at_space(space, found)
+
         with ExitStack() as stack:
             for number, track in enumerate(tracks):
                 stack.enter_context(stops(track.block, topology))
                 track.input = stack.enter_context(track.path.open("rb"))
                 target = Path(os.devnull) if last else self._path(i + 1, _ORIGINAL if number else _RUN)
                 track.output = stack.enter_context(target.open("wb"))
-
-            def go_on(batch: int) -> None:
-                inputs = []
-                for track in tracks:
-                    answer = track.forwards[batch].resume()
-                    if isinstance(answer, torch.Tensor):
-                        track.output.seek(self._batches[batch].start * self._window_bytes)
-                        answer = answer.float().contiguous()
-                        track.output.write(memory_of(answer))
-                    else:
-                        waiting[batch] = answer[0].name
-                        inputs.append(answer[1])
-                    del answer
-                if inputs:
-                    space = next(space for space in topology.spaces if space.name == waiting[batch])
-                    if space.name not in stats:
-                        stats[space.name] = InputStats(space.width, needs)
-                    stats[space.name].add(*inputs)
-                    del inputs
-                    for track in tracks:
-                        held.park(space.name, track.forwards[batch])
-
             for batch, windows in enumerate(self._batches):
                 for track in tracks:
                     run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
                     track.forwards.append(Paused(run, self._read(track.input, len(windows)), track.parking[batch]))
                 go_on(batch)
-            for space in topology.spaces:
-                found = stats.pop(space.name, None) or InputStats(space.width, needs)
-                self._check_finite(i, space, found)
-                at_space(space, found)
-                for batch in [batch for batch, name in waiting.items() if name == space.name]:
-                    if last and space is topology.spaces[-1]:
+            places = _places(topology, list(layers))
+            for place, spaces in places.items():
+                if place in layers:
+                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
+                else:
+                    checked(spaces[0], stats.pop(place) if place in stats else InputStats(spaces[0].width, needs))
+                for batch in [batch for batch, name in waiting.items() if name == place]:
+                    if last and place == list(places)[-1]:
                         break  # nobody reads what comes out of the model here
                     del waiting[batch]
-                    go_on(batch)
+                    go_on(batch, layers[place].output(batch) if place in layers else None)
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
@@ -188,6 +236,10 @@ class Stream:
         """Delete the input of block i."""
         for path in self._files(i):
             path.unlink(missing_ok=True)
+
+    def _layers(self, block: nn.Module, needs: frozenset[str]) -> dict[str, RoutedLayer]:
+        tokens = self._windows_NT.numel()
+        return {path: RoutedLayer(experts, tokens, self._folder, needs) for path, experts in experts_in(block).items()}
 
     def outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Block i's answer to every batch [B, T, C], as it is now."""
@@ -234,6 +286,24 @@ class Stream:
         return " ".join(_file_digest(path) for path in self._files(i))
 
 
+def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
+    """Where the passes through a block stop, in order: {a space's name: [it], or the path of a layer of experts: all its
+    experts' spaces}."""
+    places: dict[str, list[Space]] = defaultdict(list)
+    for space in topology.spaces:
+        inside = [path for path in layers if space.readers[0].startswith(f"{path}.")]
+        places[inside[0] if inside else space.name].append(space)
+    return places
+
+
+def _no_twin(block: str) -> Unsupported:
+    return Unsupported(
+        f"{block} has experts.",
+        "The step `correct` follows each token through the original model, which may send it to other experts.",
+        "Use a recipe without it, such as --method gptq.",
+    )
+
+
 @dataclass
 class _Track:
     """A block on its way through the data in `walk`: as it becomes, or as it was."""
@@ -254,10 +324,10 @@ class _Held:
         self._limit, self._freed = limit, 0
         self._held: dict[str, int] = defaultdict(int)
 
-    def park(self, space: str, forward: Paused) -> None:
+    def park(self, place: str, forward: Paused) -> None:
         size = forward.nbytes
-        if self._held[space] + size <= self._limit:
-            self._held[space] += size
+        if self._held[place] + size <= self._limit:
+            self._held[place] += size
             return
         forward.park()
         self._freed += size

@@ -51,6 +51,9 @@ def quantize(
     group_fallback: Annotated[
         Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")
     ] = None,
+    min_expert_tokens: Annotated[
+        int | None, typer.Option(help="Experts that fewer calibration tokens reach are shown the whole batch.")
+    ] = None,
     dataset: Annotated[Text, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
@@ -82,7 +85,7 @@ def quantize(
     """
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
-        "sequential": sequential, "kv_cache": kv_cache,
+        "sequential": sequential, "kv_cache": kv_cache, "min_expert_tokens": min_expert_tokens,
         "target_bits": target_bits, "target_size": target_size,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
@@ -116,6 +119,8 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
                           "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
         data[section].update({key: given[key] for key in keys if given[key] is not None})
     data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
+    if flags["min_expert_tokens"] is not None:
+        data["min_expert_tokens"] = flags["min_expert_tokens"]
     if name := flags["kv_cache"]:
         if name not in CACHES:
             raise UsageError(f"--kv-cache {name}", f"known: {', '.join(CACHES)}", "--kv-cache fp8")

@@ -131,7 +131,9 @@ def find_blocks(model: PreTrainedModel, config: Any) -> str:
 class KeyMap:
     """Every checkpoint key, mapped once: to a block, to the outer parts, or to nothing (`extra`).
 
-    one_to_one: parameter path -> the checkpoint keys that become it without any conversion.
+    one_to_one: parameter path -> the checkpoint keys that become it without any conversion. converted: parameter path ->
+    the keys that a conversion leads to it. split: for each block, the keys that `infopt.splitting` gave a parameter of
+    their own after all, {key: parameter path}.
     Raises BadInput where a tensor's shape contradicts config.json, where a tensor is missing, or where the checkpoint
     has more layers than config.json says.
     """
@@ -141,6 +143,8 @@ class KeyMap:
         self.outer: list[str] = []
         self.extra: list[str] = []
         self.one_to_one: dict[str, list[str]] = defaultdict(list)
+        self.converted: dict[str, list[str]] = defaultdict(list)
+        self.split: list[dict[str, str]] = [{} for _ in range(depth)]
         state = model.state_dict()
         pattern = re.compile(re.escape(blocks) + r"\.(\d+)\.")
         converted: set[int | None] = set()
@@ -155,6 +159,7 @@ class KeyMap:
             (self.outer if index is None else self.of_block[index]).append(key)
             if is_converted:
                 converted.add(index)
+                self.converted[target].append(key)
             else:
                 self.one_to_one[target].append(key)
                 _check_shape(key, weights, tuple(state[target].shape))
@@ -199,6 +204,60 @@ def load_keys(model: PreTrainedModel, keys: list[str], weights: Weights, dtype: 
         target, found, wanted = sorted(info.mismatched_keys)[0]
         what = f"{_where(keys[0], weights)}: {target} has shape {tuple(found)}."
         raise BadInput(what, f"config.json asks for {tuple(wanted)}.", CHECK_FILES)
+
+
+def load_split(model: PreTrainedModel, paths: Mapping[str, str], weights: Weights, dtype: torch.dtype) -> None:
+    """Read these checkpoint tensors into the parameters that are theirs alone, {key: parameter path}, as `dtype`."""
+    for key, path in paths.items():
+        module, _, name = path.rpartition(".")
+        parameter = nn.Parameter(weights.get(key).to(dtype), requires_grad=False)
+        setattr(model.get_submodule(module), name, parameter)
+
+
+class Converters:
+    """transformers' conversion of checkpoint tensors into a model's parameters, on its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._model, self._state = model, model.state_dict()
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{parameter path: tensor} for tensors of any size under checkpoint keys that are converted on loading.
+
+        Stacked parameters take their parts in the order of `tensors`. Raises what torch does for shapes that do not fit.
+        """
+        by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        prefix = self._model.base_model_prefix
+        pending: dict[str, WeightConverter] = {}
+        for key, tensor in tensors.items():
+            target, source = rename_source_key(key, self._renamings, self._converters, prefix, self._state)
+            if source is None:
+                raise ValueError(f"{key} is not converted")
+            if target not in pending:
+                pending[target] = copy.deepcopy(by_pattern[source])
+            part: Any = tensor  # declared as a future; transformers takes tensors too, and does when it saves
+            pending[target].add_tensor(target, key, source, part)
+        made: dict[str, Tensor] = {}
+        for target, converter in pending.items():
+            made.update(converter.convert(target, model=self._model, config=self._model.config))
+        return made
+
+
+def small_twin(module: nn.Module, sizes: Mapping[int, int]) -> nn.Module:
+    """A copy of a module of experts, still without weights, that believes to have other widths: {old: new}.
+
+    It computes with transformers' plain loop over the experts, the definition that the faster ways are held to.
+    """
+    twin = copy.deepcopy(module)
+    for name, value in vars(module).items():
+        if type(value) is int:
+            setattr(twin, name, sizes.get(value, value))
+    config: Any = getattr(twin, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"
+    return twin
 
 
 def tie(model: PreTrainedModel, absent: set[str]) -> None:

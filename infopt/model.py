@@ -24,8 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infopt.definition import KeyMap, Weights, build_config, build_model, find_blocks, load_keys, missing, tie
+from infopt.definition import (
+    KeyMap,
+    Weights,
+    build_config,
+    build_model,
+    find_blocks,
+    load_keys,
+    load_split,
+    missing,
+    tie,
+)
 from infopt.errors import Unsupported
+from infopt.splitting import split_experts
 
 __all__ = ["BlockCall", "Skeleton", "Weights"]
 
@@ -47,7 +58,8 @@ class Skeleton:
     """The model on meta, and the loading and freeing of its parts.
 
     config: the dict of config.json without its quantization_config. weights: see `Weights`. dtype: what floating
-    parameters become when loaded. `model` is the transformers model; `blocks` its blocks' module paths in order.
+    parameters become when loaded. `model` is the transformers model; `blocks` its blocks' module paths in order. Experts
+    are split into linear layers (`infopt.experts`); `stacked` tells which are not, {module path: reason}.
     Raises BadInput (sizes, shapes or tensors that contradict the config), Unsupported (unknown type, no blocks).
     """
 
@@ -59,6 +71,7 @@ class Skeleton:
         self._list_name = find_blocks(self.model, self.config)
         self.blocks = [f"{self._list_name}.{i}" for i in range(len(self._block_list()))]
         self._keys = KeyMap(self.model, self._list_name, len(self.blocks), weights)
+        self.stacked = split_experts(self.model, self.blocks, self._keys, weights)
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._calls_checked = False
         self._answer_known = False
@@ -121,7 +134,9 @@ class Skeleton:
 
     def load_block(self, i: int) -> nn.Module:
         """Block i with its parameters read from the checkpoint; whatever was there before is replaced."""
-        load_keys(self.model, self._keys.of_block[i], self.weights, self.dtype)
+        split = self._keys.split[i]
+        load_keys(self.model, [key for key in self._keys.of_block[i] if key not in split], self.weights, self.dtype)
+        load_split(self.model, split, self.weights, self.dtype)
         block = self._block_list()[i]
         for name, parameter in block.named_parameters():
             if parameter.is_meta:

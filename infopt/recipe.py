@@ -115,6 +115,8 @@ class Recipe(_Strict):
 
     group_fallback: what happens to a layer whose columns the group size does not divide: `error`, `adjust` (the largest
     group that divides, else the channel) or `skip` (left unquantized, in the report).
+    min_expert_tokens: an expert that fewer calibration tokens reach is calibrated on the whole batch instead. 0: never; an
+    expert without tokens is then rounded without data.
     """
 
     name: str = "custom"
@@ -128,6 +130,7 @@ class Recipe(_Strict):
     target: Target | None = None
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
+    min_expert_tokens: int = Field(default=16, ge=0)
     calibration: CalibrationData = CalibrationData()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Any
 from infopt.errors import BadInput
 
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MAX_POSITIONS = 2**25  # some definitions build [positions, head_dim] tables as buffers; no model is near this
 FIX = "Download the model again, or correct that field in config.json."
 
@@ -51,6 +52,7 @@ def check_sizes(config: Mapping[str, Any], attribute_map: Mapping[str, str], ten
         if value is not None and value > max(MAX_POSITIONS, largest):
             raise _bad(spelled, value, f"More than {MAX_POSITIONS} positions are not believable.")
         _check_heads(fields)
+        _check_experts(section, largest)
 
 
 def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -102,6 +104,18 @@ def _check_heads(fields: _Fields) -> None:
     own_head_dim = any("head_dim" in key for key in fields.section)
     if hidden is not None and hidden % heads and not own_head_dim:
         raise _bad(head_name, heads, f"It does not divide the hidden size {hidden}, and no head_dim is given.")
+
+
+def _check_experts(section: Mapping[str, Any], largest: int) -> None:
+    """A router has a row for each expert; a model may say that it has none."""
+    for name in EXPERTS:
+        count, chosen = section.get(name), section.get("num_experts_per_tok")
+        if type(count) is not int or count == 0:
+            continue
+        if not 0 < count <= largest:
+            raise _bad(name, count, f"The largest dimension of any tensor in the checkpoint is {largest}.")
+        if type(chosen) is int and not 0 < chosen <= count:
+            raise _bad("num_experts_per_tok", chosen, f"{name} is {count}.")
 
 
 def _bad(field: str, value: object, why: str) -> BadInput:

@@ -7,7 +7,8 @@ the inputs by s. A column with a large scale keeps more of its precision inside 
 
 Changed here, and why: the error is a quadratic form in the Gram matrix that is already there, so one candidate costs one
 product of the weight's size instead of a forward pass of the block; the search is coarse to fine (a smooth
-curve with one valley: nine candidates find what a grid of twenty finds); 1/s folds into whatever op the topology *proved*
+curve with one valley: nine candidates find what a grid of twenty finds) and looks at 256 output channels of each reader,
+evenly spread, for one scale serves them all; 1/s folds into whatever op the topology *proved*
 to write the space, so there is no table of layer names; spaces without a proven writer are left alone and noted.
 Channels that one writer channel feeds (grouped heads) share their scale: the mean of their activations decides.
 
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 import torch
 
 from infopt.grid import Grid
-from infopt.quantizers.rounding import choose_range, round_nearest
+from infopt.quantizers.rounding import rounded
 from infopt.quantizers.work import BlockWork, obstacle, shared
 from infopt.topology import Space
 
+_ROWS = 256  # output channels of a reader that the search looks at
 _COARSE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -64,9 +66,13 @@ def search(
 
 
 def _rounding_error(w_OI: torch.Tensor, grid: Grid, s_C: torch.Tensor, h_CC: torch.Tensor) -> float:
-    scaled_OI = w_OI * s_C
-    q_OI = round_nearest(scaled_OI, grid, *choose_range(scaled_OI, grid, ratios=(1.0,))).dequantize()
-    return output_error(q_OI.div_(s_C).sub_(w_OI), h_CC)
+    return output_error(rounded(w_OI * s_C, grid).div_(s_C).sub_(w_OI), h_CC)
+
+
+def _some_rows(weights: list[tuple[torch.Tensor, Grid]]) -> list[tuple[torch.Tensor, Grid]]:
+    """The same part of every reader's output channels, evenly spread; all of them where rows share their scales."""
+    stride = -(-max((len(w_OI) for w_OI, _ in weights), default=1) // _ROWS)
+    return [(w_OI[::stride] if grid.rows == 1 else w_OI, grid) for w_OI, grid in weights]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class AWQScale:
     rewrites = True
 
     def __call__(self, work: BlockWork, space: Space) -> None:
-        weights = [(work.weight(op), grid) for op, grid in work.targets(space)]
+        weights = _some_rows([(work.weight(op), grid) for op, grid in work.targets(space)])
         if not weights:
             return
         if reason := obstacle(work, space, len(weights)):

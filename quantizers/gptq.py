@@ -29,7 +29,7 @@ import torch
 from infopt.errors import Unsupported
 from infopt.grid import Grid
 from infopt.qtensor import QTensor
-from infopt.quantizers.rounding import CLIPPING, choose_range, finish, together
+from infopt.quantizers.rounding import CLIPPING, Round, choose_range, finish, together
 from infopt.quantizers.work import BlockWork
 from infopt.topology import Space
 
@@ -155,6 +155,8 @@ class GPTQ:
     rewrites = False
 
     def __call__(self, work: BlockWork, space: Space) -> None:
+        if not work.stats[space.name].tokens:  # nothing is known of its inputs
+            Round(search=False)(work, space)
         for ops, grid, w_OI in together(work, space):
             q, damp = solve(w_OI, work.gram(space), grid, self.damp, self.act_order)
             if damp > self.damp:

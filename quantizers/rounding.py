@@ -104,6 +104,13 @@ def round_nearest(w_OI: torch.Tensor, grid: Grid, scale_RG: torch.Tensor, zero_R
     return QTensor(grid.pack(codes).view(w_OI.shape), scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid)
 
 
+def rounded(w_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """W as plain rounding between the extremes leaves it, fp32 [O, I]: what searches try their candidates with."""
+    scale, zero = (grid.spread(part, *w_OI.shape) for part in choose_range(w_OI, grid, ratios=(1.0,)))
+    w_OGK = w_OI.reshape(*scale.shape[:2], -1)
+    return grid.decode(grid.encode(w_OGK, scale, zero), scale, zero).view(w_OI.shape)
+
+
 def group_forms(gram_CC: torch.Tensor, width: int) -> torch.Tensor:
     """The diagonal blocks [G, K, K] of a Gram matrix, one per group of `width` columns."""
     groups = gram_CC.shape[0] // width

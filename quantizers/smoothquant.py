@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from infopt.grid import Grid
-from infopt.quantizers.rounding import choose_range, round_nearest
+from infopt.quantizers.rounding import rounded
 from infopt.quantizers.work import BlockWork, obstacle, shared
 from infopt.topology import Space
 
@@ -40,8 +40,7 @@ def migration_error(weights: list[tuple[torch.Tensor, Grid]], x_SC: torch.Tensor
     """The squared error of all readers' outputs on the sample, weights and inputs rounded after the migration."""
     total = 0.0
     for w_OC, grid in weights:
-        scaled_OC = w_OC * s_C
-        q_OC = round_nearest(scaled_OC, grid, *choose_range(scaled_OC, grid, ratios=(1.0,))).dequantize()
+        q_OC = rounded(w_OC * s_C, grid)
         moved_SC = x_SC / s_C
         if grid.inputs is not None:
             static = None if grid.inputs.dynamic else (moved_SC.abs().amax() / grid.inputs.largest).view(1)

@@ -13,6 +13,7 @@ from infopt.grid import GROUPS, Grid, Inputs
 from infopt.kv_cache import CacheGrid
 from infopt.model import Skeleton
 from infopt.recipe import Recipe, WeightScheme, match_layers
+from infopt.recipes.experts import float_parts
 
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -20,7 +21,8 @@ _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @dataclass(frozen=True)
 class Plan:
     """What will be quantized how, decided from shapes before any work. grids: by module path ("model.layers.0.mlp.up_proj").
-    kept: linear modules that stay as they are, with the reason; `transposed`: targets that are Conv1D modules."""
+    kept: linear modules, routers and stacked experts that stay as they are, with the reason. transposed: targets that
+    are Conv1D modules."""
 
     grids: dict[str, Grid]
     kept: dict[str, str]
@@ -37,8 +39,11 @@ def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     schemes = _schemes(recipe, [name for name in linears if name in inside])
     grids: dict[str, Grid] = {}
     kept: dict[str, str] = {name: "outside the decoder blocks" for name in linears if name not in inside}
+    kept.update(float_parts(skeleton))
     unfit: list[str] = []
-    for name in sorted(inside, key=list(linears).index):
+    for name in linears:
+        if name not in inside or name in kept:
+            continue
         columns = columns_of(linears[name])
         grid = None if name in ignored else _grid(skeleton, name, columns, recipe, schemes[name])
         if grid is None:

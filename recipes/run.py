@@ -39,6 +39,7 @@ from infopt.quantizers.awq import output_error
 from infopt.quantizers.kv_cache import choose_scales
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
+from infopt.recipes import experts
 from infopt.recipes.marks import BlockReport, Marks, file_digest
 from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
@@ -80,6 +81,7 @@ class Run:
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
             self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden", "shift" in _needs(steps))
+            self._stream.min_expert_tokens = recipe.min_expert_tokens
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
 
@@ -103,6 +105,18 @@ class Run:
     @property
     def needs_data(self) -> bool:
         return self._stream is not None
+
+    @property
+    def _walks(self) -> bool:
+        """Whether rounding stops at every space."""
+        data = any(step.needs for step in self.steps if not step.rewrites)
+        return self.recipe.sequential == "space" and data
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the statistics of a whole block are held at once."""
+        needed = any(step.needs for step in self.steps)
+        return self.needs_data and needed and (not self._walks or any(step.rewrites for step in self.steps))
 
     @property
     def batch_tokens(self) -> int:
@@ -183,7 +197,8 @@ class Run:
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
         self._write_part(i, work, scales)
-        report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), work.notes, hidden,
+        notes = [*self._left_alone(i), *experts.merged(work.notes, block), *experts.tell(layers)]
+        report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), notes, hidden,
                              file_digest(self._marks.part(i)))  # fmt: skip
         self._marks.write(report)
         if self._stream:
@@ -197,7 +212,6 @@ class Run:
         scales of its cache)."""
         rewriting = [step for step in self.steps if step.rewrites]
         rounding = [step for step in self.steps if not step.rewrites]
-        by_space = self.recipe.sequential == "space" and any(step.needs for step in rounding)
         layers: dict[str, dict[str, Any]] = {}
 
         def round_space(space: Space, found: InputStats | None = None) -> None:
@@ -210,8 +224,8 @@ class Run:
 
         if self._stream:
             self._stream.cache = None
-        if self._stream and (rewriting or (rounding and not by_space)):
-            needs = _needs(rewriting if by_space else self.steps)
+        if self._stream and self.gathers:
+            needs = _needs(rewriting if self._walks else self.steps)
             work.stats.update(self._stream.gather(i, work.block, work.topology, needs))
         for step in rewriting:
             for space in work.topology.spaces:
@@ -219,7 +233,7 @@ class Run:
         scales = self._cache_scales(i, work.block)
         if self._stream:
             self._stream.cache = RoundingCache(self.cache, scales) if self.cache else None
-        if self._stream and by_space:
+        if self._stream and self._walks:
             return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding)), scales
         for space in work.topology.spaces:
             round_space(space)
@@ -237,6 +251,12 @@ class Run:
             enumerate(self.skeleton.blocks), key=lambda at: len(at[1]) if name.startswith(f"{at[1]}.") else 0
         )
         return self.skeleton.weight_key(i, name.removeprefix(f"{block}."))
+
+    def _left_alone(self, i: int) -> list[str]:
+        """Notes on the block's experts that could not be taken apart."""
+        prefix = f"{self.skeleton.blocks[i]}."
+        stacked = self.skeleton.stacked.items()
+        return [f"{path.removeprefix(prefix)} stays float: {why}" for path, why in stacked if path.startswith(prefix)]
 
     def _planned(self, i: int) -> list[str]:
         prefix = f"{self.skeleton.blocks[i]}."
@@ -277,6 +297,7 @@ class Run:
                 "symmetric": q.grid.symmetric,
                 "error": error,
                 "digest": q.digest(),
+                **experts.facts(work.stats.get(space.name)),
             }
             work.install(op)
         return layers
@@ -306,8 +327,10 @@ class Run:
         keys = [*self.skeleton.outer_keys(), *self.skeleton.extra_keys()]
         write_safetensors(outer, {key: self.reader.get(key) for key in keys})
         merge_shards([outer, *(self._marks.part(i) for i in range(self.blocks))], stage)
-        linear_kept = [n for n in self.plan.kept if isinstance(self.skeleton.model.get_submodule(n), nn.Linear)]
-        settings = self.form.config(self.plan.grids, linear_kept, self._file_names(self.plan.transposed))
+        ignored = experts.ignored_names(self.skeleton, self.plan.kept)
+        stored = experts.names_in_file(self.skeleton, experts.split_names(self.skeleton, self.plan.grids))
+        grids = {stored.get(name, name): grid for name, grid in self.plan.grids.items()}
+        settings = self.form.config(grids, ignored, self._file_names(self.plan.transposed))
         if self.cache:
             settings["kv_cache_scheme"] = kv_cache.settings(self.cache)
         write_folder(stage, self.reader, settings)
@@ -376,5 +399,7 @@ def memory_needed(run: Run) -> int:
     outer = sum(p.numel() for p in meta.parameters()) - sum(blocks)
     columns = {columns_of(meta.get_submodule(name)) for name in run.plan.grids} or {run.skeleton.width}
     statistics = 5 * sum(4 * width * width for width in columns) if run.needs_data else 0
+    if run.gathers:
+        statistics += experts.statistics_bytes(run.skeleton)
     batch = 12 * 4 * max(columns) * run.batch_tokens
     return int(400e6 + max(4 * outer, 3 * 4 * max(blocks) + statistics + batch))

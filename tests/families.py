@@ -39,6 +39,8 @@ FALCON = {
     "vocab_size": 128,
 }
 
+ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+
 FAMILIES: dict[str, tuple[type, dict]] = {
     "llama": (hf.LlamaConfig, GROUPED),
     "mistral": (hf.MistralConfig, {**GROUPED, "sliding_window": 4}),
@@ -62,6 +64,7 @@ FAMILIES: dict[str, tuple[type, dict]] = {
     "falcon_new": (hf.FalconConfig, {**FALCON, **SPECIAL, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "granite": (hf.GraniteConfig, {**GROUPED, "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
     "mixtral": (hf.MixtralConfig, {**GROUPED, "num_local_experts": 4}),
+    "qwen3_moe": (hf.Qwen3MoeConfig, {**GROUPED, **ROUTED, "head_dim": 16}),
 }
 
 

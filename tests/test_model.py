@@ -124,6 +124,7 @@ def test_side_inputs_that_depend_on_the_tokens_are_refused(tmp_path: Path) -> No
         ("llama", "self_attn.q_proj", "model.layers.1.self_attn.q_proj.weight"),
         ("gpt2", "attn.c_attn", "h.1.attn.c_attn.weight"),
         ("mixtral", "self_attn.o_proj", "model.layers.1.self_attn.o_proj.weight"),
+        ("mixtral", "mlp.experts.3.w2", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
     ],
 )
 def test_the_key_of_a_weight(family: str, op: str, key: str, tmp_path: Path) -> None:

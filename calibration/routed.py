@@ -1,0 +1,126 @@
+"""Experts one after another, when a block is quantized space by space.
+
+All passes through a block stop where a layer of experts begins (`infopt.calibration.paused`). Then one expert at a time is
+served: the tokens that the router sends to it, from all batches, are its calibration data; its projections are quantized;
+its answers are added to the output of those tokens. So every expert's last projection sees its first ones quantized, an
+expert without tokens simply has none, and memory holds the statistics of one space.
+
+An expert that fewer than `floor` tokens reach is shown all of them: the layer's whole input is a better guess of what it
+will read than a handful of tokens, from which a solver would learn noise, and much better than none.
+
+The layer's input and output lie in files without a name, mapped into memory: they are as large as the calibration set, and
+the process holds only the pages of one expert's tokens.
+
+Legend: N tokens of all batches, T tokens of a batch, H hidden width, I inner width.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infopt.calibration.paused import Arrival
+from infopt.calibration.stats import EVERYTHING, InputStats
+from infopt.experts import Expert, Experts, add, routed
+from infopt.topology import Space
+from infopt.writer import os_errors
+
+AtSpace = Callable[[Space, InputStats], None]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What one batch has for one expert: the batch's rows of the layer's input, the tokens among them, their weights."""
+
+    rows: slice
+    token: torch.Tensor
+    weight: torch.Tensor
+
+
+class RoutedLayer:
+    """All batches at one layer of experts. `tokens` is their number in all batches; files go into `folder`."""
+
+    def __init__(self, experts: Experts, tokens: int, folder: Path, needs: frozenset[str] = EVERYTHING) -> None:
+        self._experts, self._tokens, self._folder, self._needs = experts, tokens, folder, needs
+        self._arrivals: dict[int, tuple[slice, Arrival]] = {}
+        self._files: tuple[Rows, ...] = ()  # the layer's input and output, from the first batch on
+
+    def arrive(self, batch: int, start: int, arrival: Arrival) -> None:
+        """Take a batch's input, whose first token is token `start` of all."""
+        x_TH = arrival.hidden.reshape(-1, arrival.hidden.shape[-1])
+        if not self._arrivals:
+            self._files = tuple(Rows(self._folder, self._tokens, x_TH.shape[1]) for _ in range(2))
+        rows = slice(start, start + len(x_TH))
+        self._files[0].x[rows] = x_TH
+        self._files[0].release()
+        self._arrivals[batch] = rows, arrival
+
+    def serve(self, spaces: list[tuple[Space, ...]], at_space: AtSpace, floor: int) -> None:
+        """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves."""
+        for number, expert in enumerate(self._experts.each()):
+            routes = [
+                _Route(rows, *routed(number, arrival.index, arrival.weights))
+                for rows, arrival in self._arrivals.values()
+            ]
+            if sum(len(route.token) for route in routes) >= floor:
+                routes = [route for route in routes if len(route.token)]
+            first, last = spaces[number]
+            self._serve_one(expert, routes, first, last, at_space, floor)
+            for file in self._files:
+                file.release()
+
+    def output(self, batch: int) -> torch.Tensor:
+        """What the layer answers to a batch, in the shape of its input."""
+        rows, arrival = self._arrivals[batch]
+        answer = self._files[1].x[rows].clone().view(arrival.hidden.shape)
+        self._files[1].release()
+        return answer
+
+    def _input(self, route: _Route) -> torch.Tensor:
+        return self._files[0].x[route.rows]
+
+    def _serve_one(
+        self, expert: Expert, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, floor: int
+    ) -> None:
+        count = sum(len(route.token) for route in routes)
+        everyone = count < floor
+        shown = InputStats(first.width, self._needs)
+        shown.routed = count
+        for route in routes:
+            x_TH = self._input(route)
+            shown.add(x_TH if everyone else x_TH[route.token])
+        at_space(first, shown)
+
+        shown = InputStats(last.width, self._needs)
+        shown.routed = count
+        inner_NI = Rows(self._folder, count, last.width)
+        for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
+            x_TH = self._input(route)
+            inner.copy_(expert.inner(x_TH[route.token]))
+            shown.add(expert.inner(x_TH) if everyone else inner)
+        inner_NI.release()
+        at_space(last, shown)
+
+        for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
+            add(self._files[1].x[route.rows], route.token, expert.down(inner), route.weight)
+
+
+class Rows:
+    """Zeros [rows, columns], fp32, in a file without a name that goes away with them."""
+
+    def __init__(self, folder: Path, rows: int, columns: int) -> None:
+        size = max(4 * rows * columns, 4)
+        with os_errors(folder), tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a signal in the middle of a sum
+            self._map = mmap.mmap(file.fileno(), size)
+        self.x = torch.frombuffer(self._map, dtype=torch.float32)[: rows * columns].view(rows, columns)
+
+    def release(self) -> None:
+        """Keep the file's pages out of this process until they are touched again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
