@@ -28,7 +28,7 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.work import BlockWork
 from infopt.topology import Op, Space
 
-_CHUNK = 64  # rows whose candidates are tried together
+_CHUNK = 128  # rows whose candidates are tried together
 CLIPPING = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 NEAR = tuple(1 + i / 128 for i in sorted(range(-6, 7), key=abs))  # steps of the significant bits of a bf16 scale
 
