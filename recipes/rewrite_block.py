@@ -1,7 +1,7 @@
 """One block of a rewrite: regrouped, refitted, healed, rounded; and the two streams of activations that it needs.
 
-What is wanted of a rewritten block is what the original block answered on the original hidden states. What it is given are
-the hidden states of the rewritten model, so that each block also answers for the errors of those before it.
+What is wanted of a rewritten block in the end is what the original block answered on the original hidden states. What it is
+given are the hidden states of the rewritten model, so that each block also answers for the errors of those before it.
 
 Legend: B windows, T tokens, C hidden width, X what the output projection reads.
 """
@@ -57,11 +57,11 @@ class Streams:
             if call is not None and (is_held == held or count == 1):
                 yield hidden_BTC, call, wanted_BTC
 
-    def both(self, i: int) -> Iterator[tuple[tuple[Tensor, BlockCall], tuple[Tensor, BlockCall]]]:
-        """The inputs of block i with their calls, of the original and of the rewritten model."""
-        for (old, old_call), (new, new_call) in zip(self.old.inputs(i), self.new.inputs(i), strict=True):
+    def both(self, i: int) -> Iterator[tuple[Tensor, BlockCall, BlockCall]]:
+        """What rewritten block i reads, with the calls of the original and of the rewritten block."""
+        for (_, old_call), (hidden_BTC, new_call) in zip(self.old.inputs(i), self.new.inputs(i), strict=True):
             if old_call is not None and new_call is not None:
-                yield (old, old_call), (new, new_call)
+                yield hidden_BTC, old_call, new_call
 
 
 class BlockRewrite:
@@ -186,9 +186,9 @@ class BlockRewrite:
             new.register_forward_pre_hook(lambda _m, args: seen.update(z=args[0])),
         ]
         try:
-            for (old_BTC, old_call), (new_BTC, new_call) in self.streams.both(self.index):
-                old_call.run(original, old_BTC)
-                new_call.run(block, new_BTC)
+            for hidden_BTC, old_call, new_call in self.streams.both(self.index):
+                old_call.run(original, hidden_BTC)
+                new_call.run(block, hidden_BTC)
                 fit.add(seen["z"], seen["y"])
         finally:
             for handle in handles:
