@@ -114,7 +114,7 @@ class RewriteRun:
     def _block(self, i: int) -> BlockReport:
         work = BlockRewrite(self.source, self.target, self.plan, self.options, self._streams, i)
         try:
-            if self.plan.changes:
+            if self.plan.regroups or self._streams:
                 work.rewrite(lambda label: self._write_part(self._curve_part(label, i), work))
             self._write_part(self._marks.part(i), work)
             hidden = work.go_on()

@@ -200,7 +200,8 @@ class BlockRewrite:
         untouched, trained = set(self.changed), self.changed | set(parameters)
         steps = self.options.steps
         points = {max(1, steps // 4): CURVE[2], max(1, steps // 2): CURVE[3]}
-        self._snapshot(snapshot, CURVE[1])
+        if self.plan.regroups:
+            self._snapshot(snapshot, CURVE[1])
         if self.report["error"] == 0:  # a block that nothing has reached yet
             for label in CURVE[2:]:
                 self._snapshot(snapshot, label)

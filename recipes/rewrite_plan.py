@@ -80,7 +80,9 @@ def plan_rewrite(reader: CheckpointReader, skeleton: Skeleton, options: RewriteO
     text = skeleton.config.get_text_config()
     if options.kv_heads is not None:
         settings |= kv_settings(skeleton, options.kv_heads)
-        settings = {key: value for key, value in settings.items() if getattr(text, key, None) != value}
+        for key, wanted in settings.items():  # before a definition is built that has no such heads
+            check_heads(getattr(text, key), wanted)
+        settings = {key: value for key, value in settings.items() if getattr(text, key) != value}
     windows: list[int | None] = [None] * len(skeleton.blocks)
     if options.window is not None:
         found = window_settings(text, options.window, options.every, options.sinks)
@@ -154,7 +156,7 @@ def _check_grouping(attention: Attention, wanted: int) -> None:
             "it is a multi-query model already",
             "leave --kv-heads out",
         )
-    check_heads(attention, wanted)
+    check_heads(attention.kv_heads, wanted)
 
 
 @torch.no_grad()

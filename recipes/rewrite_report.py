@@ -51,7 +51,8 @@ def healing_curve(run: RewriteRun, windows_NT: Tensor, on_block: Callable[[], No
         windows_NT,
         on_block,
     )
-    names = [(_NAMES[label], tokens.get(label, 0)) for label in labels] + [("healed", tokens.get("all", 0))]
+    start = {} if run.plan.regroups else {"merged": "window set"}
+    names = [((_NAMES | start)[label], tokens.get(label, 0)) for label in labels] + [("healed", tokens.get("all", 0))]
     return [Point(name, seen, c.kl_mean, c.perplexity, c.top1) for (name, seen), c in zip(names, found, strict=True)]
 
 

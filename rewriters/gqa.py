@@ -74,9 +74,8 @@ class Moments:
         )
 
 
-def check_heads(attention: Attention, wanted: int) -> None:
-    """UsageError unless whole key-value heads can be grouped evenly."""
-    have = attention.kv_heads
+def check_heads(have: int, wanted: int) -> None:
+    """UsageError unless so many key-value heads can be grouped evenly."""
     if wanted > have or have % wanted:
         fits = [n for n in range(1, have + 1) if have % n == 0]
         raise UsageError(

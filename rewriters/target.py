@@ -75,8 +75,9 @@ def target_skeleton(skeleton: Skeleton, config: dict[str, Any]) -> tuple[Skeleto
     Raises Unsupported where other parameters than the blocks' would change, or a changed one is no tensor of its own.
     """
     model = build_model(build_config(config, skeleton.weights), skeleton.dtype)
-    new = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    old = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters()}
+    # With duplicates: tied parameters are one until the outer parts have been loaded and freed.
+    new = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    old = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters(remove_duplicate=False)}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in new.keys() | old.keys():
         if new.get(name) == old.get(name):

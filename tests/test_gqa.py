@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -252,6 +254,33 @@ def test_healing_and_fitting_lower_the_distance(llama: Path, words: Path, tmp_pa
     assert len(points) == 5 and points[-1]["tokens"] > 0
 
 
+@pytest.mark.parametrize("merge", ["lstsq", "mean", "first"])
+def test_every_merge_goes_with_every_grouping(merge: str, words: Path, tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=8)
+    spreads = {}
+    for group in ("position", "similarity"):
+        done = rewrite(model, tmp_path / group, words, "--kv-heads", 2, "--merge", merge, "--group", group, "--no-heal")
+        assert done.code == 0, done.err
+        blocks = json.loads((tmp_path / group / "infopt.json").read_text())["blocks"]
+        spreads[group] = [block["spread"]["chosen"] for block in blocks]
+        assert all(sorted(sum(block["groups"], [])) == list(range(8)) for block in blocks)
+    assert all(b <= a for a, b in zip(spreads["position"], spreads["similarity"], strict=True))
+    assert spreads["similarity"] < spreads["position"]
+
+
+def test_position_and_mean_need_no_data(llama: Path, tmp_path: Path) -> None:
+    """Ainslie et al.: the mean of neighbours, written by hand."""
+    flags = ("--group", "position", "--merge", "mean", "--no-refit", "--no-heal", "--no-verify")
+    done = infopt("rewrite", llama, "-o", tmp_path / "out", "--kv-heads", 2, *flags)
+    assert done.code == 0, done.err
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(llama / "model.safetensors")
+    for name, was in theirs.items():
+        wanted = was
+        if "k_proj" in name or "v_proj" in name:
+            wanted = was.view(2, 2, 16, -1).mean(1).reshape(32, -1)
+        torch.testing.assert_close(ours[name], wanted, rtol=0, atol=1e-7)
+
+
 def test_checkpointing_changes_memory_and_nothing_else(llama: Path, words: Path, tmp_path: Path) -> None:
     for name, flags in (("plain", ()), ("again", ("--checkpointing",))):
         done = rewrite(llama, tmp_path / name, words, "--kv-heads", 2, "--no-curve", "--json", *flags)
@@ -283,6 +312,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert done.code == 0 and "done by an earlier run" in done.err
     for path in sorted(whole.iterdir()):
         assert path.read_bytes() == (cut / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (
+            hf.DeepseekV3Config(
+                hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, vocab_size=128,
+                num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
+                qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+                first_k_dense_replace=2, pad_token_id=0,
+            ),
+            "MLA",
+        ),
+        (hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=128, state_size=4), "no attention heads"),
+    ],
+    ids=["latent", "none"],
+)  # fmt: skip
+def test_other_attention_is_refused(config: hf.PreTrainedConfig, word: str, words: Path, tmp_path: Path) -> None:
+    tiny("llama", tmp_path / "tokenizer")
+    model = hf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "tokenizer" / name, tmp_path / "model" / name)
+    done = rewrite(tmp_path / "model", tmp_path / "out", words, "--kv-heads", 1)
+    assert done.code == 4 and word in done.err, done.err
 
 
 @pytest.mark.parametrize(
