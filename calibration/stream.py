@@ -69,6 +69,10 @@ class Stream:
         """Tokens of the largest batch."""
         return max(map(len, self._batches)) * self._windows_NT.shape[1]
 
+    @property
+    def batch_count(self) -> int:
+        return len(self._batches)
+
     @torch.no_grad()
     def start(self) -> str:
         """Embed every window; returns the digest of block 0's input. Loads and frees the outer parts."""
@@ -231,6 +235,14 @@ class Stream:
         """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
         self.write(i + 1, self.outputs(i, block))
         return self._digest(i + 1)
+
+    def inputs(self, i: int) -> Iterator[tuple[torch.Tensor, BlockCall | None]]:
+        """The input of block i [B, T, C], batch by batch, each with the block's call; None beyond the last block."""
+        beyond = i == len(self._skeleton.blocks)
+        with self._path(i).open("rb") as file:
+            for windows in self._batches:
+                call = None if beyond else self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+                yield self._read(file, len(windows)), call
 
     def forget(self, i: int) -> None:
         """Delete the input of block i."""

@@ -23,6 +23,11 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate", "Perplexity of a model, quantized or not."),
     "inspect": ("inspect", "inspect", "Show a model's layers, and its topology as found and proven."),
     "convert": ("convert", "convert", "Convert a model to another format, its codes carried over bit for bit."),
+    "rewrite": (
+        "rewrite",
+        "rewrite",
+        "Fewer key-value heads (MHA to GQA or MQA), a sliding window; healed and verified.",
+    ),
     "shard": ("shard", "shard", "Cut a model into one folder per tensor- and pipeline-parallel rank."),
     "assemble": ("assemble", "assemble", "Put shards back together, byte for byte."),
     "lint": ("lint", "lint", "Find what is wrong with a checkpoint, whichever tool made it."),

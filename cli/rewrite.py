@@ -1,0 +1,238 @@
+"""`infopt rewrite`: fewer key-value heads, a sliding window, and the blocks healed of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infopt.errors import UsageError
+from infopt.rewriters.options import RewriteOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from infopt.recipes.marks import BlockReport
+    from infopt.recipes.rewrite import RewriteRun
+    from infopt.runtime.verify import Verdict
+
+_CONTEXT = (
+    32768  # tokens for which the report gives the size of the cache, or fewer where the model has fewer positions
+)
+
+
+def rewrite(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.", show_default=False)],
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads of the result; 1 is MQA.")] = None,
+    group: Annotated[
+        str, typer.Option(help="Which heads share one: position (neighbours) or similarity.")
+    ] = RewriteOptions.grouping,
+    merge: Annotated[str, typer.Option(help="What they share: lstsq, mean or first.")] = RewriteOptions.merge,
+    refit: Annotated[bool, typer.Option(help="Fit the output projection to what now reaches it.")] = True,
+    window: Annotated[int | None, typer.Option(min=2, help="A token attends to so many, itself included.")] = None,
+    every: Annotated[int | None, typer.Option(min=2, help="Every so many layers, one keeps full attention.")] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible (no model type has them).")] = 0,
+    heal: Annotated[bool, typer.Option(help="Train each block towards the original block's answers.")] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Healing: steps a block.")] = RewriteOptions.steps,
+    lr: Annotated[float, typer.Option(help="Healing: the learning rate.")] = RewriteOptions.lr,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory for the steps, more time; both are reported.")
+    ] = False,
+    curve: Annotated[bool, typer.Option(help="Keep points of the healing, and report the distance at each.")] = True,
+    dataset: Annotated[str, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = "builtin",
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Other than 0: sample the windows at random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
+    verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
+    verify_samples: Annotated[int, typer.Option(min=1, help="Windows of the comparison.")] = 8,
+    verify_dataset: Annotated[
+        str | None, typer.Option(help="Text of the comparison; held-out builtin text if absent.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
+    max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative increase of perplexity.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
+) -> None:
+    """Rewrite a model's attention: MHA to GQA or MQA, a sliding window. One block at a time, resumable, verified.
+
+    Example: infopt rewrite ./model --kv-heads 4 --dataset text.txt -o ./model-gqa
+    """
+    from infopt.report import json_out
+
+    options = RewriteOptions(
+        kv_heads=kv_heads, grouping=group, merge=merge, refit=refit, heal=heal, steps=steps, lr=lr,
+        checkpointing=checkpointing, curve=curve and heal and verify, window=window, every=every, sinks=sinks,
+    )  # fmt: skip
+    gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
+    if not verify and any(value is not None for value in gates.values()):
+        raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
+    data = (dataset, num_samples, seqlen, seed)
+    comparison = (verify_dataset or "builtin", verify_samples) if verify else None
+    report, verdict = _run(model, output, options, data, (overwrite, resume), comparison, gates)
+    if as_json:
+        json_out(report)
+    if verdict:
+        verdict.raise_for_gates()
+
+
+def _run(
+    model: str,
+    output: Path,
+    options: RewriteOptions,
+    data: tuple[str, int, int, int],
+    switches: tuple[bool, bool],
+    comparison: tuple[str, int] | None,
+    gates: dict[str, float | None],
+) -> tuple[dict[str, Any], Verdict | None]:
+    from infopt.checkpoint import CheckpointReader, resolve
+    from infopt.cli.verify import load
+    from infopt.errors import Unsupported
+    from infopt.memory import release
+    from infopt.output import OutputFolder
+    from infopt.recipes.rewrite import RewriteRun
+    from infopt.report import note
+
+    source = resolve(model)
+    reader = CheckpointReader(source)
+    if reader.config.get("quantization_config"):
+        raise Unsupported(
+            f"{source}: the model is quantized",
+            "its codes would be lost: heads are merged as floating numbers",
+            "rewrite the original model, then quantize the result",
+        )
+    windows, data_report = _calibration(source, reader.config, data) if options.needs_data else (None, None)
+    release()
+    compared = load(*comparison, data[2], source) if comparison else None
+    began = time.monotonic()
+    with OutputFolder(output, overwrite=switches[0], source=source) as out:
+        run = RewriteRun(reader, options, out, windows, data_report)
+        _tell_plan(run)
+        run(switches[1], _Progress(run.blocks))
+        seconds = time.monotonic() - began
+        verdict, measured = None, _cache(run)
+        if compared is not None:
+            verdict, curves = _verify(run, source, compared, gates)
+            measured |= curves
+        run.note({"measured": measured})
+        out.commit()
+    _tell(run, measured)
+    note(f"wrote {output}; rewritten in {seconds:.1f} s")
+    costs = [dataclasses.asdict(cost) for cost in run.costs]
+    report = {"output": str(output), "seconds": seconds, "settings": run.plan.settings, **measured}
+    return {**report, "step_costs": costs, "verdict": verdict and verdict.to_json()}, verdict
+
+
+def _calibration(
+    source: Path, config: dict[str, Any], data: tuple[str, int, int, int]
+) -> tuple[Tensor, dict[str, Any]]:
+    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+    from infopt.report import note
+
+    dataset, num_samples, seqlen, seed = data
+    vocab = (config.get("text_config") or config).get("vocab_size")
+    windows, report = load_windows(
+        DataSpec(dataset, num_samples, seqlen, seed),
+        load_tokenizer(source),
+        part="calibration",
+        vocab_size=vocab if isinstance(vocab, int) else None,
+    )
+    if len(windows) < num_samples:
+        note(f"{dataset}: {len(windows)} calibration windows; {num_samples} were asked for")
+    return windows, report
+
+
+def _verify(
+    run: RewriteRun, source: Path, compared: tuple[Tensor, dict[str, Any]], gates: dict[str, float | None]
+) -> tuple[Verdict, dict[str, Any]]:
+    """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
+    from infopt.recipes.rewrite_report import healing_curve, window_curve
+    from infopt.report import progress, show_verdict
+    from infopt.runtime.verify import Gates, verify
+
+    windows_NT, data = compared
+    verdict = verify(run.output.stage, source, windows_NT, Gates(**gates), data=data, progress=progress)
+    show_verdict(verdict)
+    curves = {
+        "healing": [dataclasses.asdict(point) for point in healing_curve(run, windows_NT)],
+        "windows": [dataclasses.asdict(point) for point in window_curve(run, windows_NT)],
+    }
+    return verdict, curves
+
+
+def _cache(run: RewriteRun) -> dict[str, Any]:
+    from infopt.recipes.rewrite_report import cache_report
+
+    positions = getattr(run.source.config.get_text_config(), "max_position_embeddings", None)
+    return {"cache": cache_report(run, min(_CONTEXT, positions) if isinstance(positions, int) else _CONTEXT)}
+
+
+def _tell_plan(run: RewriteRun) -> None:
+    from infopt.report import note
+
+    if not run.plan.changes:
+        note("the model is already so: every tensor is copied as it is")
+        return
+    said = ", ".join(f"{key} {value}" for key, value in run.plan.settings.items() if not isinstance(value, list))
+    note(f"{run.blocks} blocks; config: {said}; {len(run.plan.shapes)} tensors get another shape")
+    if run.options.heal and not run.has_effect:
+        note("nothing to heal: no calibration window is longer than the sliding window (--seqlen)")
+
+
+def _tell(run: RewriteRun, measured: dict[str, Any]) -> None:
+    from infopt.report import note, table
+
+    for name, key in (("Healing", "healing"), ("Window", "windows")):
+        if measured.get(key):
+            rows = [
+                (
+                    point["name"],
+                    point["tokens"],
+                    f"{point['kl']:.5f}",
+                    f"{point['perplexity']:.4f}",
+                    f"{point['top1']:.2%}",
+                )
+                for point in measured[key]
+            ]
+            table(name, ("state", "tokens a block", "KL", "perplexity", "same first choice"), rows)
+    cache = measured["cache"]
+    one, whole = cache["bytes_per_token"], cache["bytes_of_context"]
+    note(
+        f"cache, bf16: {one['before']:,} to {one['after']:,} bytes a token; "
+        f"{whole['before'] / 1e6:,.1f} to {whole['after'] / 1e6:,.1f} MB for {cache['context']:,} tokens"
+    )
+    if run.costs:
+        plain, again = run.costs
+        note(
+            f"checkpointing: {again.bytes / 1e6:.1f} MB and {again.seconds:.3f} s a step; "
+            f"{plain.bytes / 1e6:.1f} MB and {plain.seconds:.3f} s without"
+        )
+
+
+class _Progress:
+    """One line per block: the error of its answers, merged, refitted and healed; time left."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.began, self.fresh = blocks, time.monotonic(), 0
+
+    def __call__(self, report: BlockReport, resumed: bool) -> None:
+        from infopt.report import note
+
+        done = report.index + 1
+        if resumed:
+            note(f"block {done}/{self.blocks}  done by an earlier run")
+            return
+        self.fresh += 1
+        left = (time.monotonic() - self.began) / self.fresh * (self.blocks - done)
+        said = next(iter(report.layers.values()))
+        errors = [f"{name} {said[name]:.2e}" for name in ("merged", "refitted") if name in said]
+        errors += [f"healed {said['healed']['after']:.2e}"] if "healed" in said else []
+        shown = f"  error {', '.join(errors)}" if errors else ""
+        note(f"block {done}/{self.blocks}{shown}  {left:.0f} s left")
+        for line in report.notes:
+            note(f"  note: {line}")

@@ -1,0 +1,219 @@
+"""Healing a rewritten block: gradient steps that bring its answers back to the original block's.
+
+The block reads the hidden states that the rewritten blocks before it give, and is to answer what the original block answered
+on the original hidden states: it also makes up for errors that came before it. One block is in memory (the original is not
+needed any more: its answers lie in the stream's file), so the cost does not grow with the model's depth.
+
+    loss   the squared error in units of each channel's mean deviation from its mean; tokens larger than the median count
+           less. Refused: the error relative to |y|^2. A few channels of the residual stream are huge and nearly constant, and
+           so are all channels of a window's first token: on SmolLM2 that error fell while the KL divergence rose
+    step   Adam (Kingma and Ba 2015) on one batch; the rate rises over a tenth of the steps and falls along a cosine
+
+Some windows are held out. Where their error is not lower after the steps than before, the block is put back as it was.
+
+Gradient checkpointing (Chen et al. 2016) runs each child of the block (norms, attention, MLP) again on the way back instead
+of keeping what it computed. `measure` counts the bytes that the operations of one step allocate, while they live.
+
+Legend: B windows, T tokens, C hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from infopt.model import BlockCall
+
+#: What one step needs: the hidden states [B, T, C], the call that goes with them, and the answer that is wanted.
+Batch = tuple[Tensor, BlockCall, Tensor]
+Batches = Callable[[], Iterable[Batch]]
+_WARM_UP = 0.1
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The held-out error before and after, and the tokens of all steps; `kept` is False where the block was put back."""
+
+    before: float
+    after: float
+    tokens: int
+    kept: bool
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one gradient step: the most bytes of memory that were allocated for it at one time, and its seconds."""
+
+    bytes: int
+    seconds: float
+
+
+@torch.no_grad()
+def block_error(block: nn.Module, batches: Batches) -> float:
+    """The loss of the block's answers, its mean over tokens."""
+    total, tokens = 0.0, 0
+    for hidden_BTC, call, wanted_BTC in batches():
+        total += float(_loss(call.run(block, hidden_BTC), wanted_BTC)) * hidden_BTC.shape[:2].numel()
+        tokens += hidden_BTC.shape[:2].numel()
+    return total / max(tokens, 1)
+
+
+def heal(
+    block: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    train: Batches,
+    held: Batches,
+    steps: int,
+    lr: float,
+    checkpointing: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Healed:
+    """Train `parameters` of the block in place. on_step(step, tokens so far) is called after each step, from 1 on."""
+    before = block_error(block, held)
+    copies = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.Adam(list(parameters.values()), lr=lr, betas=_BETAS)
+    tokens = 0
+    with _trainable(parameters), checkpointed(block) if checkpointing else nullcontext():
+        for step, batch in enumerate(_repeated(train, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _rate(step, steps)
+            _backward(block, batch)
+            nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens += batch[0].shape[:2].numel()
+            if on_step:
+                on_step(step + 1, tokens)
+    after = block_error(block, held)
+    kept = after < before  # False also for NaN
+    if not kept:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(copies[name])
+    return Healed(before, after if kept else before, tokens, kept)
+
+
+def measure(block: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, checkpointing: bool) -> StepCost:
+    """What forward and backward of one step cost; nothing is changed."""
+    with _trainable(parameters), checkpointed(block) if checkpointing else nullcontext():
+        _backward(block, batch)  # the gradients are there from now on, and everything is warm
+        began = time.perf_counter()
+        _backward(block, batch)
+        seconds = time.perf_counter() - began
+        with _Allocations() as seen:
+            _backward(block, batch)
+    return StepCost(seen.peak, seconds)
+
+
+@contextmanager
+def checkpointed(block: nn.Module) -> Iterator[None]:
+    """Each child of the block that has parameters forgets what it computed until the backward pass needs it."""
+    children = {name: child for name, child in block.named_children() if any(True for _ in child.parameters())}
+    for name, child in children.items():
+        block.set_submodule(name, _Checkpointed(child))
+    try:
+        yield
+    finally:
+        for name, child in children.items():
+            block.set_submodule(name, child)
+
+
+class _Checkpointed(nn.Module):
+    """Stands for a child of a block, and gives its attributes to whoever looks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = (module,)  # in a tuple, so that its parameters keep their names
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["wrapped"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.wrapped[0], *args, use_reentrant=False, **kwargs)
+
+
+@torch.enable_grad()
+def _backward(block: nn.Module, batch: Batch) -> None:
+    hidden_BTC, call, wanted_BTC = batch
+    _loss(call.run(block, hidden_BTC), wanted_BTC).backward()
+
+
+def _loss(answer_BTC: Tensor, wanted_BTC: Tensor) -> Tensor:
+    """The squared error in units of each channel's mean deviation over the batch; tokens that are larger than the median
+    count less, by as much as they are larger."""
+    answer_XC, wanted_XC = answer_BTC.flatten(0, 1), wanted_BTC.flatten(0, 1)
+    centred_XC = wanted_XC - wanted_XC.mean(0)
+    deviation_C = centred_XC.abs().mean(0).clamp(min=1e-10)
+    size_X = (centred_XC / deviation_C).square().mean(-1).clamp(min=1e-20)
+    weight_X = (size_X.median() / size_X).clamp(max=1)
+    return (((answer_XC - wanted_XC) / deviation_C).square().mean(-1) * weight_X).mean()
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _repeated(batches: Batches, count: int) -> Iterator[Batch]:
+    """The first `count` batches of the data, over and over."""
+    given = 0
+    while given < count:
+        for batch in batches():
+            if given == count:
+                return
+            given += 1
+            yield batch
+
+
+@contextmanager
+def _trainable(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of what operations allocate, as long as it lives; `peak` is the most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(answer):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given | self._alive.keys():
+                self._watch(tensor.untyped_storage())
+        return answer
+
+    def _watch(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def gone(_: object) -> None:
+            self._now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.peak = max(self.peak, self._now)

@@ -1,0 +1,53 @@
+"""What `infopt rewrite` is asked to do, as plain data; the command line, the run and the report share it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from infopt.errors import UsageError
+
+GROUPINGS = ("position", "similarity")
+MERGES = ("lstsq", "mean", "first")
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    """kv_heads, window: what changes; None leaves it. every: each such layer keeps full attention. The rest says how.
+
+    steps, lr: of the gradient healing of each block; a step is one batch of about 1024 tokens. curve: keep what the blocks
+    were at some points of the healing, to measure the distance to the original against the tokens seen.
+    """
+
+    kv_heads: int | None = None
+    grouping: str = "similarity"
+    merge: str = "lstsq"
+    refit: bool = True
+    heal: bool = True
+    steps: int = 64
+    lr: float = 3e-4
+    checkpointing: bool = False
+    curve: bool = True
+    window: int | None = None
+    every: int | None = None
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kv_heads is None and self.window is None:
+            raise UsageError("nothing is to be rewritten", "give --kv-heads, --window, or both", "--kv-heads 4")
+        for name, value, known in (("--group", self.grouping, GROUPINGS), ("--merge", self.merge, MERGES)):
+            if value not in known:
+                raise UsageError(f"{name} {value}", f"known: {', '.join(known)}", f"{name} {known[0]}")
+        if self.every is not None and self.window is None:
+            raise UsageError("--every without --window", "it says which layers keep full attention", "--window 1024")
+        if not 0 < self.lr <= 1:
+            raise UsageError(f"--lr {self.lr}", "it must be above 0 and at most 1", f"--lr {RewriteOptions.lr}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text must be read."""
+        regroups = self.kv_heads is not None
+        return self.heal or (regroups and (self.refit or self.merge == "lstsq" or self.grouping == "similarity"))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
