@@ -128,11 +128,17 @@ class RuntimeModel:
     def _rounding_cache(self, i: int) -> RoundingCache | None:
         if self.cache is None:
             return None
-        if self._unit_cache and self.cache.strategy != "token":
-            return RoundingCache(self.cache, CacheScales.unit(self.cache))
+        return RoundingCache(self.cache, self.cache_scales(i))
+
+    def cache_scales(self, i: int) -> CacheScales | None:
+        """The calibrated scales of block i's cache, None where there are none (a float cache, or dynamic scales)."""
+        if self.cache is None or self.cache.strategy == "token":
+            return None
+        if self._unit_cache:
+            return CacheScales.unit(self.cache)
         block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
         path = self.skeleton.stored_path(i, attention_path(block))
-        return RoundingCache(self.cache, read_scales(path, self.cache, getattr(self.reader, "stored", {})))
+        return read_scales(path, self.cache, getattr(self.reader, "stored", {}))
 
     # The outer parts, and whole passes
 

@@ -1,0 +1,158 @@
+"""A folder's model with all its blocks in memory, which reads a text once and then token by token.
+
+The module tree is transformers', with our linears in it (`runtime/model.py`) and our cache (`runtime/paged.py`). Masks,
+rotary angles, soft caps and whatever else a family has are its own code. Before the first request the engine proves on a
+few tokens that this model answers the same through the cache, in steps, as for the whole text at once: a family that keeps
+a state of another kind is refused here, and does not talk nonsense later.
+
+A prompt is read in pieces of `chunk` tokens, so the memory of attention grows with the text and not with its square.
+
+Legend: B requests, Q new tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from infopt.errors import BadInput, InfoptError, Unsupported, UsageError
+from infopt.header import read_json
+from infopt.kernels.cpu import Precision
+from infopt.kv_cache import CacheGrid
+from infopt.runtime.model import RuntimeModel
+from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
+
+KVCache = Literal["stored", "float", "fp8", "int8", "int4"]
+#: What a user asks for where nothing was calibrated: a scale for each token and head, taken when it is stored.
+GRIDS = {
+    "fp8": CacheGrid("float", 8, "token"),
+    "int8": CacheGrid("int", 8, "token"),
+    "int4": CacheGrid("int", 4, "token", symmetric=False),
+}
+CHUNK = 512
+#: Largest relative difference between steps and the whole: fp32 summed in another order; bf16 activations.
+TOLERANCE = {"exact": 1e-3, "packed": 5e-2}
+_TRIAL = (3, 2, 1, 1)  # tokens of the steps of the proof
+_NO_CACHE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError)
+
+
+class Engine:
+    """A model that is ready to generate.
+
+    folder, precision: see `RuntimeModel`. cache: "stored" as the folder says (fp32 where it says nothing), or another
+    type. Raises what the reader raises, and Unsupported for a model that cannot be run from such a cache.
+    """
+
+    def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
+        self.folder, self.precision = Path(folder), precision
+        self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
+        for i in range(len(self._runtime)):
+            self._runtime.load_block(i)
+        self._runtime.load_outer()
+        self.model = self._runtime.skeleton.model
+        self.config = self.model.config.get_text_config()
+        self.kinds = self._kinds(cache)
+        accepted = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_last = "logits_to_keep" in accepted
+        self._prove()
+
+    @property
+    def positions(self) -> int | None:
+        """How long a text may be, where the model says so."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text: of generation_config.json, or of config.json."""
+        path = self.folder / "generation_config.json"
+        said = read_json(path) if path.exists() else {}
+        found = said.get("eos_token_id") if isinstance(said, dict) else None
+        found = getattr(self.config, "eos_token_id", None) if found is None else found
+        return frozenset(part for part in (found if isinstance(found, list) else [found]) if isinstance(part, int))
+
+    def cache(self, tokens: int, requests: int = 1, chunk: int = CHUNK) -> PagedCache:
+        """An empty cache for so many texts of so many tokens, or of as many as the model knows positions."""
+        tokens = tokens if self.positions is None else min(tokens, self.positions)
+        return PagedCache(self.kinds, tokens, requests, min(chunk, tokens))
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise UsageError or BadInput for a prompt that cannot be continued."""
+        if not ids:
+            raise UsageError("the prompt is empty", "There is nothing to go on from.", 'Give --prompt "some text".')
+        if self.positions is not None and len(ids) >= self.positions:
+            why = f"{self.folder} knows {self.positions:,} positions, and the answer needs one."
+            raise BadInput(f"the prompt has {len(ids):,} tokens", why, "Give a shorter prompt.")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            what = f"{self.folder}: the tokenizer gives the ids {min(ids)} to {max(ids)}"
+            why = f"The model has {self.config.vocab_size} tokens."
+            raise BadInput(what, why, "Use the tokenizer of the original model.")
+
+    @torch.inference_mode()
+    def advance(self, cache: PagedCache, requests: Sequence[Request], ids_BQ: Tensor) -> Tensor:
+        """Store these tokens, the next ones of each request; logits_BV, fp32, of what follows the last."""
+        step = Step(cache, requests, ids_BQ.shape[1])
+        logits_BV = self._forward(ids_BQ, step)[:, -1].float()
+        step.commit()
+        return logits_BV
+
+    def prefill(self, cache: PagedCache, request: Request, ids: Sequence[int]) -> Tensor:
+        """Read a prompt in pieces of the cache's `chunk`; logits_V of what follows it."""
+        logits_BV = torch.empty(0)
+        for start in range(0, len(ids), cache.chunk):
+            logits_BV = self.advance(cache, [request], torch.tensor([ids[start : start + cache.chunk]]))
+        return logits_BV[0]
+
+    def _forward(self, ids_BQ: Tensor, step: Step) -> Tensor:
+        extra = {"position_ids": step.positions()} if self._takes_positions else {}
+        extra |= {"logits_to_keep": 1} if self._takes_last else {}
+        return self.model(
+            input_ids=ids_BQ, attention_mask=step.mask(), past_key_values=step, use_cache=True, **extra
+        ).logits
+
+    # What the layers cache, and the proof
+
+    def _kinds(self, choice: KVCache) -> list[LayerKind]:
+        try:
+            layers = DynamicCache(config=self.model.config).layers
+        except _NO_CACHE as error:
+            raise _refused(type(self.model).__name__, f"{type(error).__name__}: {error}") from error
+        if len(layers) != len(self._runtime) or not all(hasattr(layer, "keys") for layer in layers):
+            raise _refused(type(self.model).__name__, "Some of its layers keep a state, or share what they keep.")
+        windows = [getattr(layer, "sliding_window", None) if layer.is_sliding else None for layer in layers]
+        stored = self._runtime.cache
+        if choice == "stored" and stored is not None:
+            return [LayerKind(window, stored, self._runtime.cache_scales(i)) for i, window in enumerate(windows)]
+        return [LayerKind(window, GRIDS.get(choice)) for window in windows]
+
+    @torch.inference_mode()
+    def _prove(self) -> None:
+        """Raise Unsupported where this model answers otherwise through a (float) cache than without one."""
+        count = sum(_TRIAL)
+        ids_BQ = torch.randint(self.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        cache = PagedCache([LayerKind(kind.window) for kind in self.kinds], count, chunk=max(_TRIAL))
+        request = cache.admit(count)
+        name = type(self.model).__name__
+        try:
+            wanted_V = self.model(input_ids=ids_BQ, use_cache=False).logits[0, -1].float()
+            done = 0
+            for part in _TRIAL if request else ():
+                logits_BV = self.advance(cache, [request], ids_BQ[:, done : done + part])
+                done += part
+        except InfoptError:
+            raise
+        except _NO_CACHE as error:
+            raise _refused(name, f"{type(error).__name__}: {str(error)[:200]}") from error
+        error = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE[self.precision]:
+            raise _refused(name, f"Its answer differs by {error:.1e} (relative) from that without a cache.")
+
+
+def _refused(name: str, why: str) -> Unsupported:
+    return Unsupported(f"{name} cannot be run from infopt's cache.", why, "infopt eval reads it without a cache.")
