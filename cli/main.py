@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "eval": ("evaluate", "evaluate", "Perplexity of a model, quantized or not."),
     "generate": ("generate", "generate", "Text from a model, quantized or not."),
+    "bench": ("bench", "bench", "Tokens per second, memory and share of the bandwidth of a model on this machine."),
     "inspect": ("inspect", "inspect", "Show a model's layers, and its topology as found and proven."),
     "convert": ("convert", "convert", "Convert a model to another format, its codes carried over bit for bit."),
     "shard": ("shard", "shard", "Cut a model into one folder per tensor- and pipeline-parallel rank."),

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from infopt.errors import BadInput, InfoptError, Unsupported, UsageError
 from infopt.header import read_json
 from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheGrid
+from infopt.runtime.block import PROOF_TOKENS, FusedBlock, try_fuse
+from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
 
@@ -52,16 +54,20 @@ class Engine:
     def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
         self.folder, self.precision = Path(folder), precision
         self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
-        for i in range(len(self._runtime)):
-            self._runtime.load_block(i)
         self._runtime.load_outer()
         self.model = self._runtime.skeleton.model
         self.config = self.model.config.get_text_config()
         self.kinds = self._kinds(cache)
+        self.fused: list[int] = []
+        for i in range(len(self._runtime)):
+            self._load_block(i)
         accepted = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_last = "logits_to_keep" in accepted
+        self._head: PackedHead | None = None
         self._prove()
+        if precision == "packed":
+            self._pack_outer()
 
     @property
     def positions(self) -> int | None:
@@ -82,6 +88,23 @@ class Engine:
         tokens = tokens if self.positions is None else min(tokens, self.positions)
         return PagedCache(self.kinds, tokens, requests, min(chunk, tokens))
 
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """(of the tensors in the folder's files, of what one token's pass reads here: packed layers as they are kept)."""
+        reader = self._runtime.reader
+        stored = sum(info.nbytes for info in getattr(reader, "stored", reader.tensors).values())
+        embedding = self.model.get_input_embeddings()  # of which a token reads one row
+        modules = [module for module in self.model.modules() if module is not embedding]
+        read = sum(int(getattr(module, "packed_bytes", 0)) for module in modules)
+        read += sum(parameter.nbytes for module in modules for parameter in module.parameters(recurse=False))
+        return stored, read
+
+    @property
+    def cache_name(self) -> str:
+        """The cache's type, "int8"; "fp32" for floats."""
+        grid = self.kinds[0].grid
+        return "fp32" if grid is None else f"{'fp' if grid.kind == 'float' else 'int'}{grid.bits}"
+
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise UsageError or BadInput for a prompt that cannot be continued."""
         if not ids:
@@ -95,8 +118,12 @@ class Engine:
             raise BadInput(what, why, "Use the tokenizer of the original model.")
 
     @torch.inference_mode()
-    def advance(self, cache: PagedCache, requests: Sequence[Request], ids_BQ: Tensor) -> Tensor:
-        """Store these tokens, the next ones of each request; logits_BV, fp32, of what follows the last."""
+    def advance(self, cache: PagedCache, requests: Sequence[Request], ids_BQ: Tensor, fine: bool = True) -> Tensor:
+        """Store these tokens, the next ones of each request; logits_BV, fp32, of what follows the last.
+
+        fine: whether more than the most likely tokens' logits will be used; see `runtime/head.py`."""
+        if self._head is not None:
+            self._head.fine = fine
         step = Step(cache, requests, ids_BQ.shape[1])
         logits_BV = self._forward(ids_BQ, step)[:, -1].float()
         step.commit()
@@ -115,6 +142,39 @@ class Engine:
         return self.model(
             input_ids=ids_BQ, attention_mask=step.mask(), past_key_values=step, use_cache=True, **extra
         ).logits
+
+    # Loading
+
+    @torch.inference_mode()
+    def _load_block(self, i: int) -> None:
+        """Block i as it is, or for `packed` a fused one in its place where it is proven to be the same."""
+        runtime = self._runtime
+        if self.precision == "packed":
+            runtime.precision = "exact"  # the proof is one about fp32
+            block = runtime.load_block(i)
+            call = runtime.skeleton.calls(1, PROOF_TOKENS)[i]
+            if try_fuse(block, i, runtime.codes_of(i), call, self.kinds[i], len(runtime)):
+                fused = FusedBlock(block, i, runtime.codes_of(i), "packed")
+                runtime.replace_block(i, fused.eval())
+                self.fused.append(i)
+                return
+            runtime.precision = "packed"
+        runtime.load_block(i)
+
+    def _pack_outer(self) -> None:
+        """The head in 8 bits with exact candidates, and the embedding in the 16 bits of the file; see `runtime/head.py`."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None:
+            return
+        weight_VC = halved(head.weight.detach())
+        tied = getattr(embedding, "weight", None) is head.weight
+        packed = pack_head(head, weight_VC)
+        if packed is None:
+            return
+        self._head = packed.eval()
+        self.model.set_output_embeddings(self._head)
+        if type(embedding) is nn.Embedding:
+            self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
 
     # What the layers cache, and the proof
 

@@ -30,6 +30,7 @@ from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheScales, RoundingCache, attention_path, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
+from infopt.qtensor import QTensor
 from infopt.runtime.linear import QuantLinear
 
 CacheChoice = Literal["stored", "float", "unit"]
@@ -93,6 +94,21 @@ class RuntimeModel:
             if isinstance(self.reader, QuantizedReader):  # it is, or there would be no such ops
                 _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
         return block
+
+    def codes_of(self, i: int) -> Callable[[str], QTensor | None]:
+        """For each module path in block i: its weight's codes, None where it has none."""
+        ops, reader = self._ops[i], self.reader
+
+        def codes(path: str) -> QTensor | None:
+            return reader.qtensor(ops[path]) if path in ops and isinstance(reader, QuantizedReader) else None
+
+        return codes
+
+    def replace_block(self, i: int, module: nn.Module) -> None:
+        """Another module in block i's place, for good."""
+        _put(self.skeleton.model, self.skeleton.blocks[i], module)
+        self._originals.pop(i, None)
+        release()
 
     def free_block(self, i: int) -> None:
         block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])

@@ -268,16 +268,17 @@ class Step(Cache):
 
     def update(self, k_BHQD: Tensor, v_BHQD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store the new keys and values; those of the whole text, [B, H, K, D]."""
-        self.store(k_BHQD, v_BHQD, layer)
+        if k_BHQD.shape[0] != len(self.requests) or k_BHQD.shape[2] != self.count:
+            raise ValueError("the keys and values of other tokens")
+        self.store(k_BHQD.transpose(1, 2).flatten(0, 1), v_BHQD.transpose(1, 2).flatten(0, 1), layer)
         plan = self._plans[self.cache.kinds[layer].window]
         return self._read(layer, "k", plan, k_BHQD), self._read(layer, "v", plan, v_BHQD)
 
-    def store(self, k_BHQD: Tensor, v_BHQD: Tensor, layer: int) -> None:
-        if k_BHQD.shape[0] != len(self.requests) or k_BHQD.shape[2] != self.count:
-            raise ValueError("the keys and values of other tokens")
+    def store(self, k_NHD: Tensor, v_NHD: Tensor, layer: int) -> None:
+        """Store the new keys and values, N = B * Q."""
         plan, store = self._plans[self.cache.kinds[layer].window], self.cache.stores[layer]
-        store.write(plan.write, "k", k_BHQD.transpose(1, 2).flatten(0, 1))
-        store.write(plan.write, "v", v_BHQD.transpose(1, 2).flatten(0, 1))
+        store.write(plan.write, "k", k_NHD)
+        store.write(plan.write, "v", v_NHD)
 
     def each(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each request's own keys and values, [1, H, K of its own, D], without padding."""

@@ -29,6 +29,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def fine(self) -> bool:
+        """Whether a draw looks at more than the most likely tokens."""
+        return self.temperature > 0 and not 0 < self.top_k <= 64
+
     def __post_init__(self) -> None:
         fine = {
             "temperature": math.isfinite(self.temperature) and self.temperature >= 0,

@@ -98,7 +98,9 @@ class Scheduler:
         running = self.reading[0]
         start = running.place.length
         piece = running.text.prompt[start : start + self.cache.chunk]
-        logits_BV = self.engine.advance(self.cache, [running.place], torch.tensor([list(piece)]))
+        logits_BV = self.engine.advance(
+            self.cache, [running.place], torch.tensor([list(piece)]), running.text.sampling.fine
+        )
         if running.unread:
             return []
         self._choose(running, logits_BV[0])
@@ -108,7 +110,8 @@ class Scheduler:
         if not self.writing:
             return []
         ids_BQ = torch.tensor([[running.last] for running in self.writing])
-        logits_BV = self.engine.advance(self.cache, [running.place for running in self.writing], ids_BQ)
+        fine = any(running.text.sampling.fine for running in self.writing)
+        logits_BV = self.engine.advance(self.cache, [running.place for running in self.writing], ids_BQ, fine)
         for running, logits_V in zip(self.writing, logits_BV, strict=True):
             self._choose(running, logits_V)
         return list(self.writing)
