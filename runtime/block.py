@@ -63,12 +63,31 @@ class Linear:
         return self.multiply(x)
 
 
-class FusedBlock(nn.Module):
-    """See the module. `block` gives the parts and keeps nothing; codes: of its quantized ops. Raises one of `_ODD` for a
-    block of another shape."""
+class Angles:
+    """The cosines and signed sines of one pass, made by the first block that asks and shared by the others."""
 
-    def __init__(self, block: nn.Module, layer: int, codes: Codes, precision: Precision) -> None:
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def __call__(self, cos_BQD: Tensor, sin_BQD: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Q, 1, D] each; the first half of the sines is negative, for heads whose halves have changed places."""
+        if self._asked is None or self._asked[0] is not cos_BQD or self._asked[1] is not sin_BQD:
+            low, high = sin_BQD.chunk(2, dim=-1)
+            self._made = cos_BQD[:, :, None], torch.cat((low.neg(), high), dim=-1)[:, :, None]
+            self._asked = (cos_BQD, sin_BQD)
+        return self._made
+
+
+class FusedBlock(nn.Module):
+    """See the module. `block` gives the parts and keeps nothing; codes: of its quantized ops; angles: shared by the blocks of
+    a model. Raises one of `_ODD` for a block of another shape."""
+
+    def __init__(
+        self, block: nn.Module, layer: int, codes: Codes, precision: Precision, angles: Angles | None = None
+    ) -> None:
         super().__init__()
+        self.angles = angles or Angles()
         attention = block.get_submodule("self_attn")
         config = attention.config
         self.layer = layer
@@ -124,9 +143,9 @@ class FusedBlock(nn.Module):
         if self.head_norms is not None:
             q_norm, k_norm = self.head_norms
             qk_BQHD = torch.cat((q_norm(qk_BQHD[:, :, :queries]), k_norm(qk_BQHD[:, :, queries:])), dim=2)
-        low, high = qk_BQHD.chunk(2, dim=-1)
-        turned_BQHD = torch.cat((high.neg(), low), dim=-1)
-        qk_BQHD = torch.addcmul(qk_BQHD * cos_BQD[:, :, None], turned_BQHD, sin_BQD[:, :, None])
+        cos_BQ1D, sin_BQ1D = self.angles(cos_BQD, sin_BQD)
+        turned_BQHD = torch.cat((qk_BQHD[..., self.width // 2 :], qk_BQHD[..., : self.width // 2]), dim=-1)
+        qk_BQHD = turned_BQHD.mul_(sin_BQ1D).addcmul_(qk_BQHD, cos_BQ1D)
         return qk_BQHD[:, :, :queries], qk_BQHD[:, :, queries:], qkv_BQHD[:, :, queries + keys :]
 
     def _next(self, q_BQHD: Tensor, k_BQHD: Tensor, v_BQHD: Tensor, step: Step) -> Tensor:

@@ -25,7 +25,8 @@ from infopt.errors import BadInput, InfoptError, Unsupported, UsageError
 from infopt.header import read_json
 from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheGrid
-from infopt.runtime.block import PROOF_TOKENS, FusedBlock, try_fuse
+from infopt.memory import release
+from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
@@ -59,6 +60,7 @@ class Engine:
         self.config = self.model.config.get_text_config()
         self.kinds = self._kinds(cache)
         self.fused: list[int] = []
+        self._angles = Angles()
         for i in range(len(self._runtime)):
             self._load_block(i)
         accepted = inspect.signature(self.model.forward).parameters
@@ -154,7 +156,7 @@ class Engine:
             block = runtime.load_block(i)
             call = runtime.skeleton.calls(1, PROOF_TOKENS)[i]
             if try_fuse(block, i, runtime.codes_of(i), call, self.kinds[i], len(runtime)):
-                fused = FusedBlock(block, i, runtime.codes_of(i), "packed")
+                fused = FusedBlock(block, i, runtime.codes_of(i), "packed", self._angles)
                 runtime.replace_block(i, fused.eval())
                 self.fused.append(i)
                 return
@@ -175,6 +177,7 @@ class Engine:
         self.model.set_output_embeddings(self._head)
         if type(embedding) is nn.Embedding:
             self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
+        release()
 
     # What the layers cache, and the proof
 
