@@ -33,13 +33,13 @@ def bench(
 
     from infopt.checkpoint import resolve
     from infopt.report import json_out, table
-    from infopt.runtime.bench import measure, read_bandwidth
+    from infopt.runtime.bench import Sizes, measure, read_bandwidth
 
     bandwidth = read_bandwidth()
-    sizes = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens}
-    speeds = [measure(resolve(out), bandwidth, precision=precision.value, cache=kv_cache.value, **sizes)]
+    sizes = Sizes(batch, prompt, new_tokens)
+    speeds = [measure(resolve(out), bandwidth, sizes, precision.value, kv_cache.value)]
     if reference is not None:
-        speeds.append(measure(resolve(reference), bandwidth, **sizes))
+        speeds.append(measure(resolve(reference), bandwidth, sizes))
     title = f"batch {batch}, prompt {prompt}, {new_tokens} new tokens; {torch.get_num_threads()} threads, " \
             f"memory read at {bandwidth / 1e9:.1f} GB/s"  # fmt: skip
     table(title, ["measure", *(speed.model for speed in speeds)], rows(speeds))

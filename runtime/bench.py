@@ -60,17 +60,20 @@ class Speed:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Texts at once, tokens of each prompt, tokens to write for each."""
+
+    batch: int = 1
+    prompt: int = 128
+    new_tokens: int = 64
+
+
 def measure(
-    folder: Path,
-    bandwidth: float,
-    *,
-    batch: int = 1,
-    prompt: int = 128,
-    new_tokens: int = 64,
-    precision: Precision = "exact",
-    cache: KVCache = "stored",
+    folder: Path, bandwidth: float, sizes: Sizes, precision: Precision = "exact", cache: KVCache = "stored"
 ) -> Speed:
     """Load the folder and run it. bandwidth: `read_bandwidth()`. Raises UsageError for texts that the model cannot hold."""
+    batch, prompt, new_tokens = sizes.batch, sizes.prompt, sizes.new_tokens
     _forget_peak()
     began = time.perf_counter()
     engine = Engine(folder, precision, cache)

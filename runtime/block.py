@@ -88,10 +88,10 @@ class FusedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.angles = angles or Angles()
-        attention = block.get_submodule("self_attn")
+        attention: Any = block.get_submodule("self_attn")
         config = attention.config
         self.layer = layer
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.heads: tuple[int, int] = (config.num_attention_heads, config.num_key_value_heads)
         self.width, self.scaling = int(attention.head_dim), float(attention.scaling)
         self.norm, self.mlp_norm = (rms_norm(block.get_submodule(name)) for name in _NORMS)
         self.head_norms = self._head_norms(attention)
@@ -99,15 +99,15 @@ class FusedBlock(nn.Module):
         self.o = join(block, ("self_attn.o_proj",), codes, precision)
         self.gate_up = join(block, _names(block, _GATE_UP), codes, precision)
         self.down = join(block, ("mlp.down_proj",), codes, precision)
-        mlp = block.get_submodule("mlp")
-        self.act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+        mlp: Any = block.get_submodule("mlp")
+        self.act: nn.Module = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
 
     @property
     def packed_bytes(self) -> int:
         """Of the weights as they are kept."""
         return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
 
-    def _head_norms(self, attention: nn.Module) -> tuple[Norm, Norm] | None:
+    def _head_norms(self, attention: Any) -> tuple[Norm, Norm] | None:
         if not hasattr(attention, "q_norm"):
             return None
         norms = rms_norm(attention.q_norm), rms_norm(attention.k_norm)
@@ -173,7 +173,7 @@ class FusedBlock(nn.Module):
 
 def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precision) -> Linear:
     """Readers of one space as one linear layer, their outputs side by side; one after the other where they differ in kind."""
-    modules = [block.get_submodule(name) for name in names]
+    modules: list[Any] = [block.get_submodule(name) for name in names]
     found = [codes(name) for name in names]
     bias_O = _joined([getattr(module, "bias", None) for module in modules], modules)
     if all(q is None for q in found):
@@ -199,23 +199,22 @@ def _one(found: Sequence[QTensor | None]) -> QTensor | None:
     same = len(qs) == len(found) and all(q.grid == grid for q in qs) and grid.rows == 1
     if not same or (grid.inputs is not None and not grid.inputs.dynamic):
         return None
-    parts = (torch.cat([getattr(q, name) for q in qs]) for name in ("codes", "scale", "zero"))
-    return QTensor(*parts, grid)
+    codes, scale, zero = (torch.cat([getattr(q, name) for q in qs]) for name in ("codes", "scale", "zero"))
+    return QTensor(codes, scale, zero, grid)
 
 
 def _joined(biases: Sequence[Tensor | None], modules: Sequence[nn.Module]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
-    parts = [
-        torch.zeros(module.out_features) if bias is None else bias  # type: ignore[arg-type]
-        for bias, module in zip(biases, modules, strict=True)
-    ]
-    return torch.cat(parts)
+    rows = (int(getattr(module, "out_features")) for module in modules)  # noqa: B009
+    return torch.cat([torch.zeros(row) if bias is None else bias for bias, row in zip(biases, rows, strict=True)])
 
 
 def rms_norm(module: nn.Module) -> Norm:
     """The module as an RMS norm, its weight w or 1 + w, whichever gives its answers; ValueError if neither does."""
-    weight_C = module.weight
+    weight_C = getattr(module, "weight", None)
+    if not isinstance(weight_C, Tensor):
+        raise ValueError(f"{type(module).__name__} has no weight")
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
     # small values among them, so that another eps would show
     x_TC = torch.randn(4, len(weight_C), generator=torch.Generator().manual_seed(0)) * torch.tensor(

@@ -13,19 +13,20 @@ Legend: B requests, Q new tokens of each, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from infopt.errors import BadInput, InfoptError, Unsupported, UsageError
+from infopt.errors import BadInput, InfoptError, OutOfResources, Unsupported, UsageError
 from infopt.header import read_json
 from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheGrid
-from infopt.memory import release
+from infopt.memory import available, release
 from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.model import RuntimeModel
@@ -55,6 +56,7 @@ class Engine:
     def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
         self.folder, self.precision = Path(folder), precision
         self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
+        self._check_memory(available())
         self._runtime.load_outer()
         self.model = self._runtime.skeleton.model
         self.config = self.model.config.get_text_config()
@@ -139,13 +141,27 @@ class Engine:
         return logits_BV[0]
 
     def _forward(self, ids_BQ: Tensor, step: Step) -> Tensor:
-        extra = {"position_ids": step.positions()} if self._takes_positions else {}
+        extra: dict[str, Any] = {"position_ids": step.positions()} if self._takes_positions else {}
         extra |= {"logits_to_keep": 1} if self._takes_last else {}
         return self.model(
             input_ids=ids_BQ, attention_mask=step.mask(), past_key_values=step, use_cache=True, **extra
         ).logits
 
     # Loading
+
+    def _check_memory(self, limit: int | None) -> None:
+        """Raise OutOfResources where the weights alone do not fit: the system would end the process without a word."""
+        reader, quantized = self._runtime.reader, self._runtime.quantized
+        needed = 0.0
+        for name, info in reader.tensors.items():
+            grid = quantized.get(name.removesuffix(".weight")) if self.precision == "packed" else None
+            wide = 4.0 if grid is None or grid.kind == "float" else grid.bits / 8
+            needed += wide * math.prod(info.shape)
+        if limit is not None and needed > limit:
+            what = f"{self.folder} needs {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB are free"
+            raise OutOfResources(
+                what, "All its blocks are kept.", "Try --precision packed; infopt eval needs one block."
+            )
 
     @torch.inference_mode()
     def _load_block(self, i: int) -> None:
@@ -183,7 +199,7 @@ class Engine:
 
     def _kinds(self, choice: KVCache) -> list[LayerKind]:
         try:
-            layers = DynamicCache(config=self.model.config).layers
+            layers: list[Any] = list(DynamicCache(config=self.model.config).layers)
         except _NO_CACHE as error:
             raise _refused(type(self.model).__name__, f"{type(error).__name__}: {error}") from error
         if len(layers) != len(self._runtime) or not all(hasattr(layer, "keys") for layer in layers):
@@ -200,21 +216,21 @@ class Engine:
         count = sum(_TRIAL)
         ids_BQ = torch.randint(self.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
         cache = PagedCache([LayerKind(kind.window) for kind in self.kinds], count, chunk=max(_TRIAL))
-        request = cache.admit(count)
+        request = Request(count, {window: ring.take(count) for window, ring in cache.rings.items()})
         name = type(self.model).__name__
         try:
             wanted_V = self.model(input_ids=ids_BQ, use_cache=False).logits[0, -1].float()
             done = 0
-            for part in _TRIAL if request else ():
+            for part in _TRIAL:
                 logits_BV = self.advance(cache, [request], ids_BQ[:, done : done + part])
                 done += part
         except InfoptError:
             raise
         except _NO_CACHE as error:
             raise _refused(name, f"{type(error).__name__}: {str(error)[:200]}") from error
-        error = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
-        if not error <= TOLERANCE[self.precision]:
-            raise _refused(name, f"Its answer differs by {error:.1e} (relative) from that without a cache.")
+        apart = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
+        if not apart <= TOLERANCE[self.precision]:
+            raise _refused(name, f"Its answer differs by {apart:.1e} (relative) from that without a cache.")
 
 
 def _refused(name: str, why: str) -> Unsupported:

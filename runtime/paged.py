@@ -202,6 +202,7 @@ class _Half:
             return codes
         if self._grid.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        zero: Tensor | float
         if self._scales is not None:
             scale, zero = self._scales
         else:
@@ -266,8 +267,11 @@ class Step(Cache):
 
     # What transformers asks of a cache
 
-    def update(self, k_BHQD: Tensor, v_BHQD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values; those of the whole text, [B, H, K, D]."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, [B, H, Q, D]; those of the whole text, [B, H, K, D]."""
+        k_BHQD, v_BHQD, layer = key_states, value_states, layer_idx
         if k_BHQD.shape[0] != len(self.requests) or k_BHQD.shape[2] != self.count:
             raise ValueError("the keys and values of other tokens")
         self.store(k_BHQD.transpose(1, 2).flatten(0, 1), v_BHQD.transpose(1, 2).flatten(0, 1), layer)

@@ -237,6 +237,9 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
         Scheduler(engine, engine.cache(32)).submit(Text([5] * 30, NEW))
     with pytest.raises(OutOfResources, match="keeps track"):
         PagedCache(engine.kinds, 10**12)
+    with pytest.raises(OutOfResources, match="needs"):
+        engine._check_memory(1000)
+    engine._check_memory(10**9)
     folder = tiny("llama", tmp_path / "odd", head_dim=6)
     with pytest.raises(Unsupported):  # a state, not keys and values
         import transformers as hf
