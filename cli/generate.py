@@ -44,12 +44,13 @@ def generate(
     from infopt.calibration.data import load_tokenizer
     from infopt.checkpoint import resolve
     from infopt.report import json_out, note
-    from infopt.runtime.engine import Engine
+    from infopt.runtime.engine import Engine, check_folder
     from infopt.runtime.sampling import Sampling
     from infopt.runtime.scheduler import Scheduler, Text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     folder = resolve(model)
+    check_folder(folder)
     tokenizer = load_tokenizer(folder)
     engine = Engine(folder, precision.value, kv_cache.value)
     texts = [Text(encode(tokenizer, words, chat), max_new_tokens, sampling) for words in prompt]

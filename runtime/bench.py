@@ -74,7 +74,7 @@ def measure(
 ) -> Speed:
     """Load the folder and run it. bandwidth: `read_bandwidth()`. Raises UsageError for texts that the model cannot hold."""
     batch, prompt, new_tokens = sizes.batch, sizes.prompt, sizes.new_tokens
-    _forget_peak()
+    forget_peak()
     began = time.perf_counter()
     engine = Engine(folder, precision, cache)
     load_time = time.perf_counter() - began
@@ -119,7 +119,7 @@ def measure(
         cache_bytes_per_token=pages.bytes_per_token,
         cache_bytes_per_token_bf16=pages.float_bytes_per_token,
         cache_bytes=pages.nbytes,
-        peak_memory=_peak(),
+        peak_memory=peak(),
         share_of_bandwidth=(read + cached) / step / bandwidth,
         fused_blocks=len(engine.fused),
         blocks=len(engine.kinds),
@@ -137,14 +137,14 @@ def read_bandwidth() -> float:
     return _READ / min(times)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Linux counts the peak anew after this; elsewhere it is that of the whole process."""
     if _STATUS.exists():
         with suppress(OSError):  # not everybody may
             _STATUS.with_name("clear_refs").write_text("5")
 
 
-def _peak() -> int:
+def peak() -> int:
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

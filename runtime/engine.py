@@ -5,7 +5,7 @@ rotary angles, soft caps and whatever else a family has are its own code. Before
 few tokens that this model answers the same through the cache, in steps, as for the whole text at once: a family that keeps
 a state of another kind is refused here, and does not talk nonsense later.
 
-A prompt is read in pieces of `chunk` tokens, so the memory of attention grows with the text and not with its square.
+A prompt is read in pieces, so the memory of attention grows with the text and not with its square.
 
 Legend: B requests, Q new tokens of each, V vocabulary.
 """
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from infopt.errors import BadInput, InfoptError, OutOfResources, Unsupported, UsageError
+from infopt.errors import BadInput, InfoptError, OutOfResources, Unsupported, UsageError, VerificationFailed
+from infopt.exporters.assemble import is_shards
+from infopt.exporters.folder import open_model
 from infopt.header import read_json
 from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheGrid
@@ -46,6 +48,14 @@ _TRIAL = (3, 2, 1, 1)  # tokens of the steps of the proof
 _NO_CACHE = (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise what is wrong with a model's folder before anything is loaded."""
+    if is_shards(folder):
+        fix = f"infopt assemble {folder} -o {folder.name}-whole"
+        raise UsageError(f"{folder} holds shards", "They are run by their ranks.", fix)
+    open_model(folder)
+
+
 class Engine:
     """A model that is ready to generate.
 
@@ -55,6 +65,7 @@ class Engine:
 
     def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
         self.folder, self.precision = Path(folder), precision
+        check_folder(self.folder)
         self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
         self._check_memory(available())
         self._runtime.load_outer()
@@ -134,10 +145,13 @@ class Engine:
         return logits_BV
 
     def prefill(self, cache: PagedCache, request: Request, ids: Sequence[int]) -> Tensor:
-        """Read a prompt in pieces of the cache's `chunk`; logits_V of what follows it."""
+        """Read a prompt in the cache's pieces; logits_V of what follows it."""
         logits_BV = torch.empty(0)
-        for start in range(0, len(ids), cache.chunk):
-            logits_BV = self.advance(cache, [request], torch.tensor([ids[start : start + cache.chunk]]))
+        start = 0
+        while start < len(ids):
+            piece = ids[start : start + cache.piece(start)]
+            logits_BV = self.advance(cache, [request], torch.tensor([piece]))
+            start += len(piece)
         return logits_BV[0]
 
     def _forward(self, ids_BQ: Tensor, step: Step) -> Tensor:
@@ -228,6 +242,9 @@ class Engine:
             raise
         except _NO_CACHE as error:
             raise _refused(name, f"{type(error).__name__}: {str(error)[:200]}") from error
+        if not bool(torch.isfinite(wanted_V).all()):
+            why = "Its weights are damaged, or overflow."
+            raise VerificationFailed(f"{self.folder} answers with numbers that are not finite", why, "infopt verify")
         apart = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
         if not apart <= TOLERANCE[self.precision]:
             raise _refused(name, f"Its answer differs by {apart:.1e} (relative) from that without a cache.")

@@ -32,6 +32,7 @@ from infopt.kv_cache import CacheGrid, CacheScales
 
 PAGE = 16
 _MOST_PAGES = 2**20
+_MASK = 2**22
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class PagedCache:
 
     def fits(self, tokens: int) -> bool:
         return all(len(ring.free) >= ring.pages(tokens) for ring in self.rings.values())
+
+    def piece(self, start: int) -> int:
+        """How many tokens of a prompt to read after the first `start`: fewer in a long one, so that a mask of new tokens
+        times all tokens stays as large as it is."""
+        return min(self.chunk, max(PAGE, _MASK // (start + self.chunk)))
 
     def could_fit(self, tokens: int) -> bool:
         """Whether a text of so many tokens could be admitted if nobody else were here."""

@@ -97,7 +97,7 @@ class Scheduler:
             return []
         running = self.reading[0]
         start = running.place.length
-        piece = running.text.prompt[start : start + self.cache.chunk]
+        piece = running.text.prompt[start : start + self.cache.piece(start)]
         logits_BV = self.engine.advance(
             self.cache, [running.place], torch.tensor([list(piece)]), running.text.sampling.fine
         )

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infopt.errors import BadInput, OutOfResources, Unsupported, UsageError
+from infopt.memory import release
+from infopt.runtime.bench import forget_peak, peak
 from infopt.runtime.engine import GRIDS, Engine
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.paged import PAGE, PagedCache
@@ -250,6 +253,35 @@ def test_what_the_engine_refuses(tmp_path: Path) -> None:
     assert Engine(folder, cache="int4").cache(16) is not None
 
 
+def test_no_step_is_longer_than_a_chunk(tmp_path: Path) -> None:
+    """Which is what keeps a mask from growing with the square of a text."""
+    engine = Engine(tiny("llama", tmp_path / "m"))
+    cache = engine.cache(64, chunk=8)
+    place = cache.admit(64)
+    with pytest.raises(ValueError, match="more tokens"):
+        engine.advance(cache, [place], torch.full((1, 9), 5))
+    engine.prefill(cache, place, [5] * 60)
+    assert place.length == 60
+    with pytest.raises(ValueError, match="more tokens"):
+        engine.advance(cache, [place], torch.full((1, 5), 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["exact", "packed"])
+def test_the_memory_of_a_long_prompt_grows_with_its_length(precision: str, tmp_path: Path) -> None:
+    engine = Engine(tiny("llama", tmp_path / "m", max_position_embeddings=16384), precision)
+    grown = []
+    for tokens in (8192, 16384):
+        cache = engine.cache(tokens)
+        place = cache.admit(tokens)
+        release()
+        forget_peak()
+        before = peak()
+        engine.prefill(cache, place, prompts(tokens)[0])
+        grown.append(peak() - before)
+    assert grown[1] < 2.2 * grown[0]
+
+
 def test_generate_streams_what_json_tells(words: Path, tmp_path: Path) -> None:
     folder = quantized("llama", tmp_path, words, "--method", "rtn")
     flags = ("--prompt", "hello there", "--max-new-tokens", 12)
@@ -293,4 +325,14 @@ def test_generate_refusals(tmp_path: Path) -> None:
         assert "Traceback" not in done.err and not done.out
     (folder / "chat_template.jinja").write_text("{{ messages[0].missing.attribute() }}")
     assert infopt("generate", folder, "--prompt", "x", "--chat").code == 3
+    assert infopt("shard", folder, "--tp", 2, "-o", tmp_path / "shards").code == 0
+    for command in ("generate", "bench"):
+        flags = ("--prompt", "x") if command == "generate" else ()
+        done = infopt(command, tmp_path / "shards", *flags)
+        assert done.code == 2 and "infopt assemble" in done.err
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = infopt("generate", folder, "--prompt", "x")
+    assert done.code == 6 and "not finite" in done.err
     assert infopt("generate", tmp_path / "nowhere", "--prompt", "x").code in (3, 4)
