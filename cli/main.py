@@ -21,6 +21,8 @@ COMMANDS = {
         "Prove that a quantized folder holds what it should, and compare it with its original.",
     ),
     "eval": ("evaluate", "evaluate", "Perplexity of a model, quantized or not."),
+    "generate": ("generate", "generate", "Text from a model, quantized or not."),
+    "bench": ("bench", "bench", "Tokens per second, memory and share of the bandwidth of a model on this machine."),
     "inspect": ("inspect", "inspect", "Show a model's layers, and its topology as found and proven."),
     "convert": ("convert", "convert", "Convert a model to another format, its codes carried over bit for bit."),
     "rewrite": (

@@ -43,7 +43,9 @@ class CacheGrid:
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.bits, None, self.symmetric, torch.float32, kind=self.kind)
+        """Scales that are stored for every token are bf16, so they are rounded to that before the first division."""
+        dtype = torch.bfloat16 if self.strategy == "token" else torch.float32
+        return Grid(self.bits, None, self.symmetric, dtype, kind=self.kind)
 
     def range(self, x_BHTD: Tensor, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
         """(scale, zero) that span the values, or a part of what they span; [1, H or 1, 1 or T, 1 or D], fp32."""

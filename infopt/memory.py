@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,22 @@ def release() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def available() -> int | None:
+    """Bytes that this process can still take, by the system and by a container's limit; None where nobody says."""
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            limits.append(int(line.split()[1]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    most, used = group / "memory.max", group / "memory.current"
+    if most.exists() and used.exists() and (limit := most.read_text().strip()).isdigit():
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        held = int(used.read_text()) - int(pages.get("inactive_file", 0))  # files that were read may be dropped
+        limits.append(max(0, int(limit) - held))
+    return min(limits) if limits else None
 
 
 def memory_of(x: torch.Tensor) -> ctypes.Array[ctypes.c_char]:

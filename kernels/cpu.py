@@ -15,8 +15,9 @@ Two precisions, for two purposes:
 `int4pack` computes w = (code - 8) * scale + offset, so an integer zero point z is the offset (8 - z) * scale; a code of
 2 or 3 bits is also one of 4. A scale per channel is repeated for pieces of 256 columns or fewer. Both kernels are
 vectorised on AVX2 and AVX-512, and plain (slow) code everywhere else. Activations, scales and offsets are rounded to
-bf16, hence `packed`'s relative error of about 3e-3. Refused: fp16 and fp32 activations with these kernels; torch has
-only scalar code for them, 30 times slower than dequantizing.
+bf16, hence `packed`'s relative error of about 3e-3. Many tokens at once (a prompt) are multiplied by the weight written
+out in fp32 for that product (`int4_dense.py`), which is faster and more exact. Refused: fp16 and fp32 activations with
+these kernels; torch has only scalar code for them, 30 times slower than dequantizing.
 
 Legend: T tokens (any leading dimensions), I input columns, O output channels, G groups of columns.
 """
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infopt.kernels.int4_dense import MANY, Int4Dense
 from infopt.qtensor import QTensor
 
 Precision = Literal["exact", "packed"]
@@ -43,6 +45,7 @@ class PreparedLinear:
 
     kernel: str
     multiply: Callable[[Tensor], Tensor]  # [T, I] -> [T, O], both fp32
+    nbytes: int  # of the weight as it is kept, which is what a token reads
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """y [..., O] in the dtype of x [..., I]."""
@@ -61,8 +64,8 @@ def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
             return _int8pack(q)
     w_OI = q.dequantize(torch.float32)
     if (inputs := q.grid.inputs) is not None:
-        return PreparedLinear("fp32", lambda x_TI: F.linear(inputs.round(x_TI, q.input_scale), w_OI))
-    return PreparedLinear("fp32", lambda x_TI: F.linear(x_TI.to(torch.float32), w_OI))
+        return PreparedLinear("fp32", lambda x_TI: F.linear(inputs.round(x_TI, q.input_scale), w_OI), w_OI.nbytes)
+    return PreparedLinear("fp32", lambda x_TI: F.linear(x_TI.to(torch.float32), w_OI), w_OI.nbytes)
 
 
 def _int4_group(q: QTensor) -> int | None:
@@ -84,12 +87,15 @@ def _int4pack(q: QTensor, group: int) -> PreparedLinear:
     repeats = columns // group // scale_OG.shape[1]
     pairs = torch.stack([scale_OG, offset_OG], dim=-1).repeat_interleave(repeats, dim=1)
     scale_offset_GO2 = pairs.transpose(0, 1).contiguous().to(torch.bfloat16)
+    dense = Int4Dense.find(packed, codes_OI)
 
     def multiply(x_TI: Tensor) -> Tensor:
+        if dense is not None and len(x_TI) >= MANY:
+            return dense.multiply(x_TI, scale_offset_GO2)
         x_TI = x_TI.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, packed, group, scale_offset_GO2).to(torch.float32)
 
-    return PreparedLinear("int4pack", multiply)
+    return PreparedLinear("int4pack", multiply, packed.nbytes + scale_offset_GO2.nbytes)
 
 
 def _centred(q: QTensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +120,8 @@ def _int8pack(q: QTensor) -> PreparedLinear:
     scale_O = q.scale[:, 0].to(torch.bfloat16)
 
     def multiply(x_TI: Tensor) -> Tensor:
+        if len(x_TI) >= MANY:
+            return F.linear(x_TI.to(torch.float32), codes_OI.to(torch.float32)).mul_(scale_O)
         return torch._weight_int8pack_mm(x_TI.to(torch.bfloat16).contiguous(), codes_OI, scale_O).to(torch.float32)
 
-    return PreparedLinear("int8pack", multiply)
+    return PreparedLinear("int8pack", multiply, codes_OI.nbytes + scale_O.nbytes)

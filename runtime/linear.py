@@ -28,6 +28,11 @@ class QuantLinear(nn.Module):
     def kernel(self) -> str:
         return self._prepared.kernel
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weight as it is kept."""
+        return self._prepared.nbytes
+
     def forward(self, x_TI: Tensor) -> Tensor:
         """y [..., O] in the dtype of x [..., I]."""
         return self._prepared(x_TI, self.bias)

@@ -30,6 +30,7 @@ from infopt.kernels.cpu import Precision
 from infopt.kv_cache import CacheScales, RoundingCache, attention_path, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
+from infopt.qtensor import QTensor
 from infopt.runtime.linear import QuantLinear
 
 CacheChoice = Literal["stored", "float", "unit"]
@@ -94,6 +95,21 @@ class RuntimeModel:
                 _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
         return block
 
+    def codes_of(self, i: int) -> Callable[[str], QTensor | None]:
+        """For each module path in block i: its weight's codes, None where it has none."""
+        ops, reader = self._ops[i], self.reader
+
+        def codes(path: str) -> QTensor | None:
+            return reader.qtensor(ops[path]) if path in ops and isinstance(reader, QuantizedReader) else None
+
+        return codes
+
+    def replace_block(self, i: int, module: nn.Module) -> None:
+        """Another module in block i's place, for good."""
+        _put(self.skeleton.model, self.skeleton.blocks[i], module)
+        self._originals.pop(i, None)
+        release()
+
     def free_block(self, i: int) -> None:
         block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
         for op_name, original in self._originals.pop(i, {}).items():
@@ -128,11 +144,17 @@ class RuntimeModel:
     def _rounding_cache(self, i: int) -> RoundingCache | None:
         if self.cache is None:
             return None
-        if self._unit_cache and self.cache.strategy != "token":
-            return RoundingCache(self.cache, CacheScales.unit(self.cache))
+        return RoundingCache(self.cache, self.cache_scales(i))
+
+    def cache_scales(self, i: int) -> CacheScales | None:
+        """The calibrated scales of block i's cache, None where there are none (a float cache, or dynamic scales)."""
+        if self.cache is None or self.cache.strategy == "token":
+            return None
+        if self._unit_cache:
+            return CacheScales.unit(self.cache)
         block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
         path = self.skeleton.stored_path(i, attention_path(block))
-        return RoundingCache(self.cache, read_scales(path, self.cache, getattr(self.reader, "stored", {})))
+        return read_scales(path, self.cache, getattr(self.reader, "stored", {}))
 
     # The outer parts, and whole passes
 

@@ -13,6 +13,7 @@ from infopt import kernels
 from infopt.errors import Unsupported
 from infopt.grid import Grid
 from infopt.kernels import reference
+from infopt.kernels.int4_dense import Int4Dense
 from infopt.qtensor import QTensor
 from infopt.runtime.linear import QuantLinear
 
@@ -41,7 +42,7 @@ def test_reference_is_the_definition() -> None:
     assert reference.linear(x, q, torch.tensor([7.0])).item() == -0.5 + 10.0 - 200.0 - 4000.0 + 7.0
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 100])
 @pytest.mark.parametrize(
     ("rows", "columns", "bits", "group", "symmetric", "kernel"),
     [
@@ -71,12 +72,25 @@ def test_packed_agrees_with_the_reference(rows, columns, bits, group, symmetric,
     assert relative_error(packed(x, bias), want) < (EXACT if kernel == "fp32" else PACKED)
 
 
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 112, 192])
+def test_packed_codes_can_be_read_back(rows) -> None:
+    """In whole blocks and in one that is cut short, whatever a block is on this processor."""
+    codes = torch.randint(0, 16, (rows, 128), generator=torch.Generator().manual_seed(rows), dtype=torch.int32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    found = Int4Dense.find(packed, codes)
+    assert found is not None
+    assert torch.equal(found.codes(torch.int32), codes.t())
+    assert Int4Dense.find(packed, (codes + 1) % 16) is None
+
+
 def test_packed_kernels_run_without_vector_instructions() -> None:
     """torch's portable code path, which is what a processor without AVX2 gets."""
     code = (
         "import torch; from test_kernels import *; q = random_q(32, 64, Grid(4, 32, False)); x = torch.randn(3, 64);"
         "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT';"
-        "assert relative_error(kernels.prepare(q, 'packed')(x), reference.linear(x, q)) < PACKED"
+        "assert relative_error(kernels.prepare(q, 'packed')(x), reference.linear(x, q)) < PACKED;"
+        "many = torch.randn(100, 64);"
+        "assert relative_error(kernels.prepare(q, 'packed')(many), reference.linear(many, q)) < 2e-3"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.path.dirname(__file__)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

@@ -52,15 +52,16 @@ def test_rounding_against_the_definition(grid: CacheGrid) -> None:
                     part = {"tensor": x_BHTD, "head": x_BHTD[:, h], "channel": x_BHTD[:, h, :, d],
                             "token": x_BHTD[b, h, t]}[grid.strategy]  # fmt: skip
                     x = x_BHTD[b, h, t, d]
+                    stored = torch.bfloat16 if grid.strategy == "token" else torch.float32
                     if grid.kind == "float":
-                        s = part.abs().max() / 448
+                        s = (part.abs().max() / 448).to(stored).float()
                         wanted = (x / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
                     elif grid.symmetric:
-                        s = 2 * part.abs().max() / (2**grid.bits - 1)
+                        s = (2 * part.abs().max() / (2**grid.bits - 1)).to(stored).float()
                         wanted = (x / s).round().clamp(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) * s
                     else:
                         low, high = part.min().clamp_max(0), part.max().clamp_min(0)
-                        s = (high - low) / (2**grid.bits - 1)
+                        s = ((high - low) / (2**grid.bits - 1)).to(stored).float()
                         z = (-low / s).round()
                         wanted = (((x / s).round() + z).clamp(0, 2**grid.bits - 1) - z) * s
                     torch.testing.assert_close(got[b, h, t, d], wanted)

@@ -115,7 +115,21 @@ def test_help_does_not_import_torch():
 
 @pytest.mark.parametrize(
     "command",
-    ["quantize", "verify", "eval", "inspect", "convert", "recipe", "doctor", "shard", "assemble", "lint", "rewrite"],
+    [
+        "quantize",
+        "verify",
+        "eval",
+        "generate",
+        "bench",
+        "inspect",
+        "convert",
+        "recipe",
+        "doctor",
+        "shard",
+        "assemble",
+        "lint",
+        "rewrite",
+    ],
 )
 def test_every_command_has_help_with_an_example_and_without_torch(command):
     code = (

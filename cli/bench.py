@@ -1,0 +1,72 @@
+"""`infopt bench`: how fast a model runs on this machine, quantized or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infopt.cli.evaluate import Kernels
+from infopt.cli.generate import KVCache
+
+if TYPE_CHECKING:
+    from infopt.runtime.bench import Speed
+
+
+def bench(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A folder, quantized or not, or a hub id.")],
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measured too, in fp32: the original.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
+    precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.packed,
+    kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on stdout.")] = False,
+) -> None:
+    """Tokens per second, time to the first token, memory, and the share of the machine's bandwidth. On the processor.
+
+    Example: infopt bench ./model-w4 --reference ./model --prompt 512
+    """
+    import torch
+
+    from infopt.checkpoint import resolve
+    from infopt.report import json_out, table
+    from infopt.runtime.bench import Sizes, measure, read_bandwidth
+
+    bandwidth = read_bandwidth()
+    sizes = Sizes(batch, prompt, new_tokens)
+    speeds = [measure(resolve(out), bandwidth, sizes, precision.value, kv_cache.value)]
+    if reference is not None:
+        speeds.append(measure(resolve(reference), bandwidth, sizes))
+    title = f"batch {batch}, prompt {prompt}, {new_tokens} new tokens; {torch.get_num_threads()} threads, " \
+            f"memory read at {bandwidth / 1e9:.1f} GB/s"  # fmt: skip
+    table(title, ["measure", *(speed.model for speed in speeds)], rows(speeds))
+    if as_json:
+        ours, theirs = speeds[0].to_json(), speeds[1].to_json() if reference is not None else None
+        machine = {"threads": torch.get_num_threads(), "bandwidth": bandwidth}
+        json_out({**ours, "reference": theirs, "machine": machine})
+
+
+def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
+    """The table's rows: a name and each model's figure."""
+    from infopt.report import megabytes
+
+    shown = [
+        ("precision, cache", lambda s: f"{s.precision}, {s.kv_cache}"),
+        ("prefill, tokens/s", lambda s: f"{s.prefill_tokens_per_s:.1f}"),
+        ("decode, tokens/s", lambda s: f"{s.decode_tokens_per_s:.1f}"),
+        ("time to first token, s", lambda s: f"{s.time_to_first_token:.3f}"),
+        ("time of a decode step, ms", lambda s: f"{1e3 * s.time_per_step:.1f}"),
+        ("share of the bandwidth", lambda s: f"{s.share_of_bandwidth:.0%}"),
+        ("weights in files", lambda s: megabytes(s.weight_bytes)),
+        ("weights read for a token", lambda s: megabytes(s.weight_bytes_read_per_step)),
+        ("cache, bytes per token", lambda s: f"{s.cache_bytes_per_token:,.0f}"),
+        ("the same in bf16", lambda s: f"{s.cache_bytes_per_token_bf16:,.0f}"),
+        ("cache", lambda s: megabytes(s.cache_bytes)),
+        ("peak memory", lambda s: megabytes(s.peak_memory)),
+        ("time to load, s", lambda s: f"{s.load_time:.1f}"),
+        ("fused blocks", lambda s: f"{s.fused_blocks} of {s.blocks}"),
+    ]
+    return [(name, *(say(speed) for speed in speeds)) for name, say in shown]
