@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ def prove_heads(skeleton: Skeleton, i: int, attention: Attention) -> Attention:
         )
     for turns in _candidates(attention.key.channels.shape[1], skeleton.config.get_text_config()):
         factor_GF = _factors(attention.kv_heads, turns, generator)
-        if change(lambda weights, t=turns, f=factor_GF: _turned(weights, attention, t, f)) <= TOLERANCE:
+        if change(partial(_turned, attention=attention, turns=turns, factor_GF=factor_GF)) <= TOLERANCE:
             return replace(attention, turns=turns)
     return attention
 
@@ -193,9 +194,9 @@ def _candidates(width: int, text: object) -> list[tuple[tuple[int, int], ...]]:
     part = getattr(text, "partial_rotary_factor", None) or (getattr(text, "rope_parameters", None) or {}).get(
         "partial_rotary_factor"
     )
-    partial = int(width * part) // 2 * 2 if isinstance(part, int | float) and 0 < part < 1 else width
+    turning = int(width * part) // 2 * 2 if isinstance(part, int | float) and 0 < part < 1 else width
     found: list[tuple[tuple[int, int], ...]] = []
-    for size in dict.fromkeys((width // 2 * 2, partial)):
+    for size in dict.fromkeys((width // 2 * 2, turning)):
         rest = tuple((d, d) for d in range(size, width))
         found.append((*((d, d + size // 2) for d in range(size // 2)), *rest))
         found.append((*((d, d + 1) for d in range(0, size, 2)), *rest))
