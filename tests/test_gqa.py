@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from infopt.checkpoint import CheckpointReader
 from infopt.heads import Attention, HeadWeights, Part, put, take
 from infopt.model import Skeleton
 from infopt.rewriters import gqa
+from infopt.rewriters.heal import checkpointed
 from infopt.runtime.model import RuntimeModel
 
 from .families import make
@@ -290,7 +292,26 @@ def test_checkpointing_changes_memory_and_nothing_else(llama: Path, words: Path,
     assert 0 < again["bytes"] < plain["bytes"]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+        # Adam makes a step of a rounding difference in a gradient near zero; all six steps together go up to 1e-3.
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointing_gives_the_same_gradients(llama: Path) -> None:
+    reader = CheckpointReader(llama)
+    skeleton = Skeleton(reader.config, reader)
+    block, call = skeleton.load_block(0), skeleton.calls(3, 10)[0]
+    hidden_BTC = torch.randn(3, 10, 64, generator=torch.Generator().manual_seed(0))
+    parameters, found = dict(block.named_parameters()), []
+    for context in (nullcontext(), checkpointed(block)):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        with context:
+            call.run(block, hidden_BTC).square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in parameters.items()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 9
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
