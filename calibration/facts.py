@@ -16,6 +16,7 @@ from infopt.calibration.cells import find_cells
 from infopt.calibration.discover import discover, structure_key
 from infopt.cells import BlockFacts
 from infopt.errors import BadInput
+from infopt.experts import experts_in
 from infopt.header import read_json
 from infopt.model import Skeleton
 from infopt.topology import Fold, Space, Topology
@@ -34,7 +35,7 @@ def block_facts(folder: Path, skeleton: Skeleton) -> list[BlockFacts]:
         key = structure_key(skeleton.model.get_submodule(name))
         if key not in known:
             block = skeleton.load_block(i)
-            topology = recorded_topology(folder, i, block) or discover(skeleton, i)
+            topology = _without_experts(recorded_topology(folder, i, block) or discover(skeleton, i), block)
             known[key] = BlockFacts(topology, find_cells(skeleton, i, topology))
             skeleton.free_block(i)
         facts.append(known[key])
@@ -58,6 +59,19 @@ def recorded_topology(folder: Path, i: int, block: nn.Module) -> Topology | None
             f"{path} does not fit the model", f"Its topology is not that of block {i}.", f"infopt inspect {folder}"
         )
     return topology
+
+
+def _without_experts(topology: Topology, block: nn.Module) -> Topology:
+    """The topology as tensor parallelism takes it: experts read a choice of the tokens, and every rank keeps them whole."""
+    inside = tuple(f"{path}." for path in experts_in(block))
+    if not inside:
+        return topology
+    whole = tuple(f"{op.name}.weight" for op in topology.ops if op.name.startswith(inside))
+    return Topology(
+        ops=tuple(op for op in topology.ops if not op.name.startswith(inside)),
+        spaces=tuple(space for space in topology.spaces if not space.readers[0].startswith(inside)),
+        unhandled=(*topology.unhandled, *whole),
+    )
 
 
 def _fits(topology: Topology, modules: dict[str, nn.Module]) -> bool:
