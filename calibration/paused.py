@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import tempfile
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from torch import nn
 
 from infopt.errors import Unsupported
 from infopt.experts import experts_in
-from infopt.memory import memory_of
+from infopt.memory import memory_of, release
 from infopt.topology import Space, Topology
+
+_FREED = 128 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,25 @@ class Paused:
         for ref, x in alive.values():
             if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
                 yield ref, x
+
+
+class Held:
+    """What stopped passes keep in memory, up to a limit; the rest is parked, and gaps in the heap are given back."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._freed = limit, 0
+        self._held: dict[str, int] = defaultdict(int)
+
+    def park(self, place: str, forward: Paused) -> None:
+        size = forward.nbytes
+        if self._held[place] + size <= self._limit:
+            self._held[place] += size
+            return
+        forward.park()
+        self._freed += size
+        if self._freed > _FREED:
+            self._freed = 0
+            release()
 
 
 @contextmanager

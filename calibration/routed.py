@@ -19,12 +19,14 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from infopt.calibration.lanes import LANES
 from infopt.calibration.paused import Arrival
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.experts import Expert, Experts, add, routed
@@ -36,8 +38,10 @@ AtSpace = Callable[[Space, InputStats], None]
 
 @dataclass(frozen=True)
 class _Route:
-    """What one batch has for one expert: the batch's rows of the layer's input, the tokens among them, their weights."""
+    """What one batch has for one expert: the batch's lane, its rows of the layer's input, the tokens among them, their
+    weights."""
 
+    lane: int
     rows: slice
     token: torch.Tensor
     weight: torch.Tensor
@@ -49,13 +53,15 @@ class RoutedLayer:
     def __init__(self, experts: Experts, tokens: int, folder: Path, needs: frozenset[str] = EVERYTHING) -> None:
         self._experts, self._tokens, self._folder, self._needs = experts, tokens, folder, needs
         self._arrivals: dict[int, tuple[slice, Arrival]] = {}
+        self._lock = threading.Lock()
         self._files: tuple[Rows, ...] = ()  # the layer's input and output, from the first batch on
 
     def arrive(self, batch: int, start: int, arrival: Arrival) -> None:
         """Take a batch's input, whose first token is token `start` of all."""
         x_TH = arrival.hidden.reshape(-1, arrival.hidden.shape[-1])
-        if not self._arrivals:
-            self._files = tuple(Rows(self._folder, self._tokens, x_TH.shape[1]) for _ in range(2))
+        with self._lock:
+            if not self._files:
+                self._files = tuple(Rows(self._folder, self._tokens, x_TH.shape[1]) for _ in range(2))
         rows = slice(start, start + len(x_TH))
         self._files[0].x[rows] = x_TH
         self._files[0].release()
@@ -65,8 +71,8 @@ class RoutedLayer:
         """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves."""
         for number, expert in enumerate(self._experts.each()):
             routes = [
-                _Route(rows, *routed(number, arrival.index, arrival.weights))
-                for rows, arrival in self._arrivals.values()
+                _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights))
+                for batch, (rows, arrival) in sorted(self._arrivals.items())
             ]
             if sum(len(route.token) for route in routes) >= floor:
                 routes = [route for route in routes if len(route.token)]
@@ -90,25 +96,31 @@ class RoutedLayer:
     ) -> None:
         count = sum(len(route.token) for route in routes)
         everyone = count < floor
-        shown = InputStats(first.width, self._needs)
-        shown.routed = count
+        lanes = [InputStats(first.width, self._needs) for _ in range(LANES)]
         for route in routes:
             x_TH = self._input(route)
-            shown.add(x_TH if everyone else x_TH[route.token])
-        at_space(first, shown)
+            lanes[route.lane].add(x_TH if everyone else x_TH[route.token])
+        at_space(first, _whole(lanes, count))
 
-        shown = InputStats(last.width, self._needs)
-        shown.routed = count
+        lanes = [InputStats(last.width, self._needs) for _ in range(LANES)]
         inner_NI = Rows(self._folder, count, last.width)
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
             x_TH = self._input(route)
             inner.copy_(expert.inner(x_TH[route.token]))
-            shown.add(expert.inner(x_TH) if everyone else inner)
+            lanes[route.lane].add(expert.inner(x_TH) if everyone else inner)
         inner_NI.release()
-        at_space(last, shown)
+        at_space(last, _whole(lanes, count))
 
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
             add(self._files[1].x[route.rows], route.token, expert.down(inner), route.weight)
+
+
+def _whole(lanes: list[InputStats], routed_tokens: int) -> InputStats:
+    stats = lanes[0]
+    for lane in lanes[1:]:
+        stats.merge(lane)
+    stats.routed = routed_tokens
+    return stats
 
 
 class Rows:

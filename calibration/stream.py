@@ -12,6 +12,7 @@ Legend: N windows, T tokens of a window, C hidden width, B windows of a batch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader
 from itertools import islice
@@ -30,7 +31,8 @@ import torch
 from torch import nn
 
 from infopt.calibration.experts import spaces_of
-from infopt.calibration.paused import Arrival, ParkingFile, Paused, stops
+from infopt.calibration.lanes import LANES, Lanes
+from infopt.calibration.paused import Arrival, Held, ParkingFile, Paused, stops
 from infopt.calibration.routed import RoutedLayer
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
@@ -40,10 +42,9 @@ from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
 from infopt.topology import Space, Topology
 
-_BATCH_TOKENS = 1024
+_BATCH_TOKENS = 512
 _RUN, _ORIGINAL = "hidden", "original"  # files of hidden states: of the quantized model, of the original
 _WATCHED = 8  # batches whose keys and values decide the scales of the cache
-_FREED = 64 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
 class Stream:
@@ -62,6 +63,7 @@ class Stream:
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        self._lanes = Lanes()
         self._parking = {track: [ParkingFile(folder) for _ in self._batches] for track in (_RUN, _ORIGINAL)}
 
     @property
@@ -99,10 +101,8 @@ class Stream:
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
-        stats = {space.name: InputStats(space.width, needs) for space in topology.spaces}
-        with _muted(block, topology), _observed(block, topology, stats):
-            for _ in self.outputs(i, block):
-                pass
+        with _muted(block, topology):
+            stats = self._observe(i, block, topology.spaces, needs)
         self._show_everything(i, block, topology, stats, needs)
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
@@ -123,18 +123,30 @@ class Stream:
                     whole.add(number)
                     again += spaces
             experts.whole = frozenset(whole)
-        for space in again:
-            counted = stats[space.name].routed
-            stats[space.name] = InputStats(space.width, needs)
-            stats[space.name].routed = counted
         try:
-            if again:
-                with _observed(block, replace(topology, spaces=tuple(again)), stats):
-                    for _ in self.outputs(i, block):
-                        pass
+            for name, found in self._observe(i, block, again, needs).items() if again else ():
+                found.routed = stats[name].routed
+                stats[name] = found
         finally:
             for experts in layers.values():
                 experts.whole = frozenset()
+
+    def _observe(
+        self, i: int, block: nn.Module, spaces: Iterable[Space], needs: frozenset[str]
+    ) -> dict[str, InputStats]:
+        """Each space is counted where its first reader receives it, in one forward pass of every batch."""
+        spaces = list(spaces)
+        lanes = [{space.name: InputStats(space.width, needs) for space in spaces} for _ in range(LANES)]
+
+        def count(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            return lambda _, args: lanes[self._lanes.current][name].add(args[0])
+
+        with ExitStack() as stack:
+            for space in spaces:
+                reader = block.get_submodule(space.readers[0])
+                stack.callback(reader.register_forward_pre_hook(count(space.name)).remove)
+            self._run(i, block, lambda batch, output: None)
+        return _merged(lanes)
 
     @torch.no_grad()
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -161,7 +173,7 @@ class Stream:
         what the original model makes of the data, and is never changed.
         """
         last = i + 1 == len(self._skeleton.blocks)
-        stats: dict[str, InputStats] = {}
+        stats: list[dict[str, InputStats]] = [{} for _ in range(LANES)]
         waiting: dict[int, str] = {}
         tracks = [_Track(self._path(i), block, self.cache, self._parking[_RUN])]
         layers = self._layers(block, needs)
@@ -169,16 +181,22 @@ class Stream:
             if layers:
                 raise _no_twin(self._skeleton.blocks[i])
             tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None, self._parking[_ORIGINAL]))
-        held = _Held(self.hold)
+        self._prepare_calls()
+        held = [Held(self.hold // LANES) for _ in range(LANES)]
+
+        def begin(batch: int) -> None:
+            windows = self._batches[batch]
+            for track in tracks:
+                run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
+                track.forwards[batch] = Paused(run, self._read(track.input, windows), track.parking[batch])
+            go_on(batch)
 
         def go_on(batch: int, given: torch.Tensor | None = None) -> None:
             inputs = []
             for track in tracks:
                 answer = track.forwards[batch].resume(given)
                 if isinstance(answer, torch.Tensor):
-                    track.output.seek(self._batches[batch].start * self._window_bytes)
-                    answer = answer.float().contiguous()
-                    track.output.write(memory_of(answer))
+                    self._write(track.output, self._batches[batch], answer)
                 elif isinstance(answer, Arrival):
                     waiting[batch] = answer.path
                     layers[answer.path].arrive(batch, self._batches[batch].start * self._windows_NT.shape[1], answer)
@@ -186,15 +204,18 @@ class Stream:
                     space, x = answer
                     waiting[batch] = space.name
                     inputs.append(x)
-                    if space.name not in stats:
-                        stats[space.name] = InputStats(space.width, needs)
+                    if space.name not in stats[batch % LANES]:
+                        stats[batch % LANES][space.name] = InputStats(space.width, needs)
                     del x
                 del answer
             if inputs:
-                stats[waiting[batch]].add(*inputs)
+                stats[batch % LANES][waiting[batch]].add(*inputs)
             del inputs
             for track in tracks:
-                held.park(waiting.get(batch, ""), track.forwards[batch])
+                held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])
+
+        def serve(layer: RoutedLayer | None, batch: int) -> None:
+            go_on(batch, layer.output(batch) if layer else None)
 
         def checked(space: Space, found: InputStats) -> None:
             self._check_finite(i, space, found)
@@ -206,22 +227,23 @@ class Stream:
                 track.input = stack.enter_context(track.path.open("rb"))
                 target = Path(os.devnull) if last else self._path(i + 1, _ORIGINAL if number else _RUN)
                 track.output = stack.enter_context(target.open("wb"))
-            for batch, windows in enumerate(self._batches):
-                for track in tracks:
-                    run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
-                    track.forwards.append(Paused(run, self._read(track.input, len(windows)), track.parking[batch]))
-                go_on(batch)
+                # a stopped pass is taken down in the thread where it stands
+                stack.callback(self._lanes.over, range(len(self._batches)), track.drop)
+            self._lanes.over(range(len(self._batches)), begin)
             places = _places(topology, list(layers))
             for place, spaces in places.items():
                 if place in layers:
                     layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
                 else:
-                    checked(spaces[0], stats.pop(place) if place in stats else InputStats(spaces[0].width, needs))
-                for batch in [batch for batch, name in waiting.items() if name == place]:
-                    if last and place == list(places)[-1]:
-                        break  # nobody reads what comes out of the model here
+                    found = _merged([{place: lane.pop(place)} for lane in stats if place in lane])
+                    checked(spaces[0], found.get(place) or InputStats(spaces[0].width, needs))
+                if last and place == list(places)[-1]:
+                    break  # nobody reads what comes out of the model here
+                release()
+                stopped = sorted(batch for batch, name in waiting.items() if name == place)
+                for batch in stopped:
                     del waiting[batch]
-                    go_on(batch, layers[place].output(batch) if place in layers else None)
+                self._lanes.over(stopped, partial(serve, layers.get(place)))
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
@@ -233,7 +255,8 @@ class Stream:
     @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> str:
         """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
-        self.write(i + 1, self.outputs(i, block))
+        with self._path(i + 1).open("wb") as file:
+            self._run(i, block, lambda batch, output: self._write(file, self._batches[batch], output))
         return self._digest(i + 1)
 
     def inputs(self, i: int) -> Iterator[tuple[torch.Tensor, BlockCall | None]]:
@@ -242,7 +265,7 @@ class Stream:
         with self._path(i).open("rb") as file:
             for windows in self._batches:
                 call = None if beyond else self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
-                yield self._read(file, len(windows)), call
+                yield self._read(file, windows), call
 
     def forget(self, i: int) -> None:
         """Delete the input of block i."""
@@ -257,16 +280,38 @@ class Stream:
         """Block i's answer to every batch [B, T, C], as it is now."""
         with self._path(i).open("rb") as file:
             for windows in self._batches:
-                yield self._call(i, block, windows, self.cache).run(block, self._read(file, len(windows)))
+                yield self._call(i, block, windows, self.cache).run(block, self._read(file, windows))
+
+    def _run(self, i: int, block: nn.Module, then: Callable[[int, torch.Tensor], None]) -> None:
+        """Block i's answer to every batch [B, T, C], as it is now, on the lanes."""
+
+        def run(batch: int) -> None:
+            windows = self._batches[batch]
+            then(batch, self._call(i, block, windows, self.cache).run(block, self._read(file, windows)))
+
+        self._prepare_calls()
+        with self._path(i).open("rb") as file:
+            self._lanes.over(range(len(self._batches)), run)
+
+    def _prepare_calls(self) -> None:
+        """Made here, because making one runs the model's outer parts, which are loaded and freed: not for two lanes at once."""
+        for count in {len(windows) for windows in self._batches}:
+            self._skeleton.calls(count, self._windows_NT.shape[1])
 
     def _call(self, i: int, block: nn.Module, windows: range, cache: Any) -> BlockCall:
         call = self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
         return with_cache(call, block, cache) if cache else call
 
-    def _read(self, file: BufferedReader, windows: int) -> torch.Tensor:
-        hidden_BTC = torch.empty(windows, self._windows_NT.shape[1], self._skeleton.width)
-        file.readinto(memory_of(hidden_BTC))
+    def _read(self, file: BufferedReader, windows: range) -> torch.Tensor:
+        hidden_BTC = torch.empty(len(windows), self._windows_NT.shape[1], self._skeleton.width)
+        os.preadv(file.fileno(), [memory_of(hidden_BTC)], windows.start * self._window_bytes)
         return hidden_BTC
+
+    def _write(self, file: BinaryIO, windows: range, hidden_BTC: torch.Tensor) -> None:
+        hidden_BTC = hidden_BTC.float().contiguous()
+        offset = windows.start * self._window_bytes
+        if os.pwrite(file.fileno(), memory_of(hidden_BTC), offset) != hidden_BTC.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def write(self, i: int, hidden: Iterable[torch.Tensor]) -> None:
         """Make these batches the input of block i."""
@@ -324,28 +369,12 @@ class _Track:
     block: nn.Module
     cache: Any
     parking: list[ParkingFile]
-    forwards: list[Paused] = field(default_factory=list)
+    forwards: dict[int, Paused] = field(default_factory=dict)
     input: BufferedReader = field(init=False)
     output: BinaryIO = field(init=False)
 
-
-class _Held:
-    """What stopped passes keep in memory, up to a limit; the rest is parked, and gaps in the heap are given back."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._freed = limit, 0
-        self._held: dict[str, int] = defaultdict(int)
-
-    def park(self, place: str, forward: Paused) -> None:
-        size = forward.nbytes
-        if self._held[place] + size <= self._limit:
-            self._held[place] += size
-            return
-        forward.park()
-        self._freed += size
-        if self._freed > _FREED:
-            self._freed = 0
-            release()
+    def drop(self, batch: int) -> None:
+        self.forwards.pop(batch, None)
 
 
 def _file_digest(path: Path) -> str:
@@ -353,19 +382,16 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _observed(block: nn.Module, topology: Topology, stats: dict[str, InputStats]) -> Iterator[None]:
-    """Each space is counted where its first reader receives it."""
-    handles = []
-    for space in topology.spaces:
-        reader = block.get_submodule(space.readers[0])
-        add = stats[space.name].add
-        handles.append(reader.register_forward_pre_hook(lambda _, args, add=add: add(args[0])))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _merged(lanes: list[dict[str, InputStats]]) -> dict[str, InputStats]:
+    """By space, what the lanes counted, added up in their order."""
+    merged: dict[str, InputStats] = {}
+    for lane in lanes:
+        for name, stats in lane.items():
+            if name in merged:
+                merged[name].merge(stats)
+            else:
+                merged[name] = stats
+    return merged
 
 
 @contextmanager

@@ -83,6 +83,9 @@ def quantize(
 
     Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4
     """
+    from infopt.memory import one_heap
+
+    one_heap()
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
         "sequential": sequential, "kv_cache": kv_cache, "min_expert_tokens": min_expert_tokens,

@@ -22,6 +22,7 @@ from torch import nn
 
 import infopt
 from infopt.calibration.discover import discover, structure_key
+from infopt.calibration.lanes import enough_cores
 from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
@@ -217,9 +218,10 @@ class Run:
         def round_space(space: Space, found: InputStats | None = None) -> None:
             if found is not None:
                 work.observe(space, found)
-            for step in rounding:
-                step(work, space)
-            layers.update(self._install(i, work, space))
+            with enough_cores(sum(op.out_features * op.in_features for op in work.topology.readers(space))):
+                for step in rounding:
+                    step(work, space)
+                layers.update(self._install(i, work, space))
             work.forget(space)  # a space is done when its readers are
 
         if self._stream:
