@@ -179,7 +179,11 @@ class Stream:
         layers = self._layers(block, needs)
         if self._twin:
             if layers:
-                raise _no_twin(self._skeleton.blocks[i])
+                raise Unsupported(
+                    f"{self._skeleton.blocks[i]} has experts.",
+                    "The step `correct` follows each token through the original model, which may choose other experts.",
+                    "Use a recipe without it, such as --method gptq.",
+                )
             tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None, self._parking[_ORIGINAL]))
         self._prepare_calls()
         held = [Held(self.hold // LANES) for _ in range(LANES)]
@@ -351,14 +355,6 @@ def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
         inside = [path for path in layers if space.readers[0].startswith(f"{path}.")]
         places[inside[0] if inside else space.name].append(space)
     return places
-
-
-def _no_twin(block: str) -> Unsupported:
-    return Unsupported(
-        f"{block} has experts.",
-        "The step `correct` follows each token through the original model, which may send it to other experts.",
-        "Use a recipe without it, such as --method gptq.",
-    )
 
 
 @dataclass
