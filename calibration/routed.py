@@ -30,6 +30,7 @@ from infopt.calibration.lanes import LANES
 from infopt.calibration.paused import Arrival
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.experts import Expert, Experts, add, routed
+from infopt.team import ALONE, Team
 from infopt.topology import Space
 from infopt.writer import os_errors
 
@@ -50,8 +51,11 @@ class _Route:
 class RoutedLayer:
     """All batches at one layer of experts. `tokens` is their number in all batches; files go into `folder`."""
 
-    def __init__(self, experts: Experts, tokens: int, folder: Path, needs: frozenset[str] = EVERYTHING) -> None:
+    def __init__(
+        self, experts: Experts, tokens: int, folder: Path, needs: frozenset[str] = EVERYTHING, team: Team = ALONE
+    ) -> None:
         self._experts, self._tokens, self._folder, self._needs = experts, tokens, folder, needs
+        self._team = team
         self._arrivals: dict[int, tuple[slice, Arrival]] = {}
         self._lock = threading.Lock()
         self._files: tuple[Rows, ...] = ()  # the layer's input and output, from the first batch on
@@ -74,10 +78,11 @@ class RoutedLayer:
                 _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights))
                 for batch, (rows, arrival) in sorted(self._arrivals.items())
             ]
-            if sum(len(route.token) for route in routes) >= floor:
+            count = self._team.total(sum(len(route.token) for route in routes))
+            if count >= floor:
                 routes = [route for route in routes if len(route.token)]
             first, last = spaces[number]
-            self._serve_one(expert, routes, first, last, at_space, floor)
+            self._serve_one(expert, routes, first, last, at_space, count, floor)
             for file in self._files:
                 file.release()
 
@@ -92,35 +97,33 @@ class RoutedLayer:
         return self._files[0].x[route.rows]
 
     def _serve_one(
-        self, expert: Expert, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, floor: int
+        self, expert: Expert, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, count: int, floor: int
     ) -> None:
-        count = sum(len(route.token) for route in routes)
         everyone = count < floor
         lanes = [InputStats(first.width, self._needs) for _ in range(LANES)]
         for route in routes:
             x_TH = self._input(route)
             lanes[route.lane].add(x_TH if everyone else x_TH[route.token])
-        at_space(first, _whole(lanes, count))
+        at_space(first, self._whole(lanes, count))
 
         lanes = [InputStats(last.width, self._needs) for _ in range(LANES)]
-        inner_NI = Rows(self._folder, count, last.width)
+        inner_NI = Rows(self._folder, sum(len(route.token) for route in routes), last.width)
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
             x_TH = self._input(route)
             inner.copy_(expert.inner(x_TH[route.token]))
             lanes[route.lane].add(expert.inner(x_TH) if everyone else inner)
         inner_NI.release()
-        at_space(last, _whole(lanes, count))
+        at_space(last, self._whole(lanes, count))
 
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
             add(self._files[1].x[route.rows], route.token, expert.down(inner), route.weight)
 
-
-def _whole(lanes: list[InputStats], routed_tokens: int) -> InputStats:
-    stats = lanes[0]
-    for lane in lanes[1:]:
-        stats.merge(lane)
-    stats.routed = routed_tokens
-    return stats
+    def _whole(self, lanes: list[InputStats], routed_tokens: int) -> InputStats:
+        stats = lanes[0]
+        for lane in lanes[1:]:
+            stats.merge(lane)
+        stats.routed = routed_tokens
+        return stats.unite(self._team)
 
 
 class Rows:

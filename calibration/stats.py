@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from infopt.team import Team
+
 _PANEL = 256  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
 _SAMPLE = 1024  # rows of a sample, at most; half of them are dropped when there are more
 _STRIDE = 32  # every so many tokens one goes into the sample, at first
@@ -69,6 +71,18 @@ class InputStats:
         self._thin()
         if self.routed is not None and other.routed is not None:
             self.routed += other.routed
+
+    def unite(self, team: Team) -> InputStats:
+        """Add what the other processes of the team have seen."""
+        if team.size > 1:
+            for part in (self._upper_CC, self._shift_CC, self._abs_C):
+                team.add(part)
+            team.largest(self._max_C)
+            self.tokens = team.total(self.tokens)
+            if "sample" in self.needs:
+                self._rows = [team.gather(torch.cat([*self._rows, torch.zeros(0, len(self._max_C))]))]
+                self._thin()
+        return self
 
     def finite(self) -> bool:
         """Whether every input was a number, and small enough to be squared."""

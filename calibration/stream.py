@@ -40,6 +40,7 @@ from infopt.experts import experts_in
 from infopt.kv_cache import WatchingCache, with_cache
 from infopt.memory import memory_of, release
 from infopt.model import BlockCall, Skeleton
+from infopt.team import ALONE, Team
 from infopt.topology import Space, Topology
 
 _BATCH_TOKENS = 512
@@ -51,11 +52,14 @@ class Stream:
     """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
 
     hold: bytes of activations that may stay in memory while a pass through a block is stopped. min_expert_tokens: experts
-    that fewer tokens reach are shown the whole batch.
+    that fewer tokens reach are shown the whole batch. Of a team each process has its own windows and its own folder; the
+    statistics are everybody's.
     """
 
-    def __init__(self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False) -> None:
-        self._twin = twin
+    def __init__(
+        self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False, team: Team = ALONE
+    ) -> None:
+        self._twin, self._team = twin, team
         self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
         self.hold = 0
         self.cache: Any = None  # given to a block in place of no key-value cache
@@ -124,7 +128,7 @@ class Stream:
                     again += spaces
             experts.whole = frozenset(whole)
         try:
-            for name, found in self._observe(i, block, again, needs).items() if again else ():
+            for name, found in self._observe(i, block, tuple(again), needs).items() if again else ():
                 found.routed = stats[name].routed
                 stats[name] = found
         finally:
@@ -132,10 +136,9 @@ class Stream:
                 experts.whole = frozenset()
 
     def _observe(
-        self, i: int, block: nn.Module, spaces: Iterable[Space], needs: frozenset[str]
+        self, i: int, block: nn.Module, spaces: tuple[Space, ...], needs: frozenset[str]
     ) -> dict[str, InputStats]:
         """Each space is counted where its first reader receives it, in one forward pass of every batch."""
-        spaces = list(spaces)
         lanes = [{space.name: InputStats(space.width, needs) for space in spaces} for _ in range(LANES)]
 
         def count(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -146,7 +149,7 @@ class Stream:
                 reader = block.get_submodule(space.readers[0])
                 stack.callback(reader.register_forward_pre_hook(count(space.name)).remove)
             self._run(i, block, lambda batch, output: None)
-        return _merged(lanes)
+        return {name: stats.unite(self._team) for name, stats in _merged(lanes).items()}
 
     @torch.no_grad()
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -155,7 +158,7 @@ class Stream:
         for _ in islice(self.outputs(i, block), _WATCHED):
             pass
         seen, self.cache = self.cache.seen, None
-        return seen
+        return {which: [self._team.gather(torch.cat(parts))] for which, parts in seen.items()}
 
     @torch.no_grad()
     def walk(
@@ -240,7 +243,7 @@ class Stream:
                     layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
                 else:
                     found = _merged([{place: lane.pop(place)} for lane in stats if place in lane])
-                    checked(spaces[0], found.get(place) or InputStats(spaces[0].width, needs))
+                    checked(spaces[0], (found.get(place) or InputStats(spaces[0].width, needs)).unite(self._team))
                 if last and place == list(places)[-1]:
                     break  # nobody reads what comes out of the model here
                 release()
@@ -277,8 +280,8 @@ class Stream:
             path.unlink(missing_ok=True)
 
     def _layers(self, block: nn.Module, needs: frozenset[str]) -> dict[str, RoutedLayer]:
-        tokens = self._windows_NT.numel()
-        return {path: RoutedLayer(experts, tokens, self._folder, needs) for path, experts in experts_in(block).items()}
+        made = partial(RoutedLayer, tokens=self._windows_NT.numel(), folder=self._folder, needs=needs, team=self._team)
+        return {path: made(experts) for path, experts in experts_in(block).items()}
 
     def outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Block i's answer to every batch [B, T, C], as it is now."""
@@ -344,7 +347,11 @@ class Stream:
         return [self._path(i), *([self._path(i, _ORIGINAL)] if self._twin else [])]
 
     def _digest(self, i: int) -> str:
-        return " ".join(_file_digest(path) for path in self._files(i))
+        digests = []
+        for path in self._files(i):
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return " ".join(digests)
 
 
 def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
@@ -371,11 +378,6 @@ class _Track:
 
     def drop(self, batch: int) -> None:
         self.forwards.pop(batch, None)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _merged(lanes: list[dict[str, InputStats]]) -> dict[str, InputStats]:

@@ -99,7 +99,7 @@ def quantize(
     if not verify and any(value is not None for value in gates.values()):
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
     report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer))
-    if as_json:
+    if as_json and report:
         print(json.dumps(report, indent=2))
 
 
@@ -162,7 +162,11 @@ def _run(
     from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.run import Run, needs_data
+    from infopt.team import Team
 
+    team = Team.from_environment()
+    if not team.writes:  # this process helps: its files go away when the first one is done
+        output, comparison = output.with_name(f"{output.name}.rank{team.rank}"), None
     started = time.monotonic()
     form, tokenizer = named(target[0]), target[1]
     source = resolve(model)
@@ -191,12 +195,17 @@ def _run(
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
-        run = Run(reader, recipe, steps, out, windows, data_report, form)
+        run = Run(reader, recipe, steps, out, windows, data_report, form, team=team)
         if recipe.target and not dry_run:
             run = _allocate(run, windows)
         run.hold(_spare_memory(run, max_ram))
         if dry_run:
             return _plan_report(run)
+        if not team.writes:
+            run(resume, lambda report, resumed: None)
+            team.wait()
+            out.discard()
+            return {}
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
         run(resume, _Progress(run.blocks))
         quantized = time.monotonic()
@@ -206,6 +215,7 @@ def _run(
         if form.name in GGUF_FORMATS:
             replace_by_gguf(out, form, tokenizer)
         out.commit()
+        team.wait()
     _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
     report = {
         "output": str(output),
@@ -228,7 +238,7 @@ def _allocate(run: Run, windows: Any) -> Run:
     recipe, found = decide(run, parts)
     spread = ", ".join(f"{count} layers of {bits} bits" for bits, count in found["layers"].items())
     _note(f"{found['bits']:.3f} bits on average: {spread}")
-    return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found)
+    return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found, run.team)
 
 
 def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None]) -> Verdict:

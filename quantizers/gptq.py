@@ -158,7 +158,18 @@ class GPTQ:
         if not work.stats[space.name].tokens:  # nothing is known of its inputs
             Round(search=False)(work, space)
         for ops, grid, w_OI in together(work, space):
-            q, damp = solve(w_OI, work.gram(space), grid, self.damp, self.act_order)
+            q, damp = self._solve(work, w_OI, work.gram(space), grid)
             if damp > self.damp:
                 work.notes.append(f"{space.name}: singular Hessian, damping raised from {self.damp:g} to {damp:g}")
             finish(work, ops, q)
+
+    def _solve(self, work: BlockWork, w_OI: torch.Tensor, h_CC: torch.Tensor, grid: Grid) -> tuple[QTensor, float]:
+        if grid.rows != 1:  # rows share a scale
+            return solve(w_OI, h_CC, grid, self.damp, self.act_order)
+
+        def some(rows_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            q, damp = solve(rows_OI, h_CC, grid, self.damp, self.act_order)
+            return q.codes, q.scale.float(), q.zero, torch.full((len(rows_OI),), damp)
+
+        codes, scale, zero, damp = work.team.by_rows(w_OI, some)
+        return QTensor(codes, scale.to(grid.scale_dtype), zero, grid), float(damp[0])

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from infopt.calibration.stats import InputStats
 from infopt.grid import Grid, Inputs
 from infopt.qtensor import QTensor
+from infopt.team import ALONE, Team
 from infopt.topology import Fold, Op, Space, Topology
 
 
@@ -50,6 +51,7 @@ class BlockWork:
     grids: Mapping[str, Grid]
     stats: MutableMapping[str, InputStats]
     stored: Mapping[str, torch.dtype]
+    team: Team = ALONE
     results: dict[str, QTensor] = field(default_factory=dict)
     rewritten: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)

@@ -44,6 +44,7 @@ from infopt.recipes import experts
 from infopt.recipes.marks import BlockReport, Marks, file_digest
 from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
+from infopt.team import ALONE, Team
 from infopt.topology import Space, Topology
 
 _ERROR_ROWS = 256  # output channels of a layer whose error is reported, evenly spread
@@ -62,8 +63,9 @@ class Run:
         data_report: dict[str, Any] | None = None,
         form: Format = compressed_tensors.FORMAT,
         allocation: dict[str, Any] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.allocation = allocation
+        self.allocation, self.team = allocation, team
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
         self.form = form
@@ -81,7 +83,8 @@ class Run:
         if needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
-            self._stream = Stream(self.skeleton, windows_NT, output.work / "hidden", "shift" in _needs(steps))
+            twin = "shift" in _needs(steps)
+            self._stream = Stream(self.skeleton, team.share(windows_NT), output.work / "hidden", twin, team)
             self._stream.min_expert_tokens = recipe.min_expert_tokens
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
@@ -135,6 +138,8 @@ class Run:
         """
         free_space_check(self.output.work, 2 * sum(info.nbytes for info in self.reader.tensors.values()) // 3)
         done = self._resume() if resume else []
+        if not self.team.same(len(done)):
+            done = []  # a crash between two processes' marks
         if not done:
             self._marks.restart(self.fingerprint(), self._stream.start() if self._stream else None)
         for report in done:
@@ -143,7 +148,8 @@ class Run:
         for i in range(len(done), self.blocks):
             reports.append(self._block(i))
             on_block(reports[-1], False)
-        self._assemble(reports)
+        if self.team.writes:
+            self._assemble(reports)
         return reports
 
     def fingerprint(self) -> str:
@@ -154,6 +160,7 @@ class Run:
             "format": self.form.name,
             "data": (self.data_report or {}).get("sha256"),
             "threads": torch.get_num_threads(),
+            "processes": self.team.size,
             "versions": _versions(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -189,6 +196,7 @@ class Run:
             },
             stats={},
             stored={f"{op.name}.weight": self._stored_dtype(i, op.name) for op in topology.ops if op.kind == "norm"},
+            team=self.team,
         )
         try:
             layers, hidden, scales = self._quantize(i, work)
@@ -197,7 +205,8 @@ class Run:
         missed = [op for op in self._planned(i) if op not in work.results]
         if missed:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
-        self._write_part(i, work, scales)
+        if self.team.writes:
+            self._write_part(i, work, scales)
         notes = [*self._left_alone(i), *experts.merged(work.notes, block), *experts.tell(layers)]
         report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), notes, hidden,
                              file_digest(self._marks.part(i)))  # fmt: skip
@@ -353,6 +362,7 @@ class Run:
         return {
             "versions": _versions(),
             "threads": torch.get_num_threads(),
+            **({"processes": self.team.size} if self.team.size > 1 else {}),
             "calibration": self.data_report,
             "topologies": {name: t.to_json() for name, t in self._topologies.items()},
             "blocks": [{"structure": r.structure, "notes": r.notes} for r in reports],

@@ -1,0 +1,113 @@
+"""Several processes: the same result as one, up to the order in which sums are made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt.exporters.folder import open_model
+
+from .tools import infopt, text, tiny
+
+WINDOWS = ("--num-samples", "9", "--seqlen", "32")
+
+
+def together(*args: str, processes: int = 2) -> list[str]:
+    scripts = Path(sys.executable).parent
+    return [
+        str(scripts / "torchrun"),
+        "--nproc-per-node",
+        str(processes),
+        "--no-python",
+        str(scripts / "infopt"),
+        *args,
+    ]
+
+
+def run_together(*args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = together(*args, processes=processes)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = open_model(folder)
+    return {name: reader.qtensor(name).dequantize() for name in reader.quantized}
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("llama", ("--method", "gptq", "--group-size", "32")),
+        pytest.param("llama", ("--method", "smoothquant", "--kv-cache", "int8"), marks=pytest.mark.slow),
+        pytest.param(
+            "mixtral", ("--method", "gptq", "--group-size", "32", "--min-expert-tokens", "4"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_two_processes_make_what_one_makes(family: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny(family, tmp_path / "m")
+    flags = (*flags, *WINDOWS, "--dataset", str(text(tmp_path)))
+    done = run_together("quantize", str(model), "-o", str(tmp_path / "two"), *flags, "--verify-samples", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wrote ") == 1, "one process speaks"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["m", "two"], "the helper's is gone"
+    assert infopt("quantize", model, "-o", tmp_path / "one", *flags, "--no-verify").code == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    same = torch.cat([(one[name] == two[name]).flatten() for name in one]).float().mean().item()
+    assert same > 0.995, f"only {same:.2%} of the weights are the same"
+
+
+def test_more_processes_than_windows_is_a_clear_error(tmp_path: Path) -> None:
+    flags = (
+        "--method",
+        "gptq",
+        "--group-size",
+        "32",
+        "--num-samples",
+        "1",
+        "--seqlen",
+        "32",
+        "--dataset",
+        str(text(tmp_path)),
+    )
+    done = run_together("quantize", str(tiny("llama", tmp_path / "m")), "-o", str(tmp_path / "out"), *flags)
+    assert done.returncode != 0
+    assert "1 calibration windows for 2 processes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_team_goes_on_or_begins_again(tmp_path: Path) -> None:
+    model = tiny("llama", tmp_path / "m", num_hidden_layers=40)
+    flags = ("--method", "gptq", "--group-size", "32", *WINDOWS, "--no-verify", "--dataset", str(text(tmp_path)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = together("quantize", str(model), "-o", str(tmp_path / "out"), *flags)
+    work = tmp_path / "out.infopt-work"
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, start_new_session=True) as team:
+        deadline = time.monotonic() + 120
+        while not (work / "parts" / "block-00001.json").exists():
+            assert time.monotonic() < deadline
+            assert team.poll() is None
+            time.sleep(0.01)
+        os.killpg(team.pid, signal.SIGKILL)
+        for line in subprocess.run(
+            ["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True
+        ).stdout.split("\n"):
+            if str(tmp_path / "out") in line:  # torchrun starts its processes in sessions of their own
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+    time.sleep(0.5)
+    done = run_together("quantize", str(model), "-o", str(tmp_path / "out"), *flags)
+    assert done.returncode == 0, done.stderr
+    done = run_together("quantize", str(model), "-o", str(tmp_path / "again"), *flags)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
