@@ -98,9 +98,8 @@ def test_quantize_writes_fp8_and_refuses_what_it_cannot_hold(home: Path, tmp_pat
     made = infopt("quantize", home / "model", "-o", tmp_path / "a", *flags, "--scheme", "FP8_BLOCK", "--format", "fp8")
     assert made.code == 0, made.err
     old, new = (dense(folder)[f"{Q}.weight"] for folder in (home / "fp8", tmp_path / "a"))
-    assert (
-        new.dtype == torch.float32 and (old - new).abs().max() < 0.01
-    )  # scales in float32, not in the model's bfloat16
+    assert new.dtype == torch.float32  # as are its scales, which compressed-tensors keeps in the model's bfloat16
+    assert (old - new).square().mean() < 0.001 * old.square().mean()
     refused = infopt(
         "quantize", home / "model", "-o", tmp_path / "b", *flags, "--scheme", "FP8_DYNAMIC", "--format", "fp8"
     )
