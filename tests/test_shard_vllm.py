@@ -148,7 +148,8 @@ def test_a_tied_embedding_is_the_head(tmp_path):
 def test_what_vllm_would_get_wrong_is_refused(tmp_path, family, flags, asked, says):
     model = tiny(family, tmp_path / "m", **(SIZES if family == "llama" else {}))
     if flags:
-        quantize = ["--method", "rtn", "--group-size", 32, *flags, "--no-verify", "-o", tmp_path / "q"]
+        groups = [] if "--scheme" in flags else ["--group-size", 32]
+        quantize = ["--method", "rtn", *groups, *flags, "--no-verify", "-o", tmp_path / "q"]
         assert infopt("quantize", model, *quantize).code == 0
         model = tmp_path / "q"
     done = infopt("shard", model, "--layout", "vllm", *asked, "-o", tmp_path / "s")
