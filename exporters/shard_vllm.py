@@ -26,6 +26,7 @@ import torch
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
 from infopt.exporters.assemble import OpenShards, join
+from infopt.exporters.quantized import QuantizedReader
 from infopt.exporters.shard_plan import SIDES
 from infopt.grid import Grid
 from infopt.header import read_tensor
@@ -60,7 +61,7 @@ def check_vllm(reader: CheckpointReader, tp: int, pp: int) -> None:
         if why := _unread(str(section.get("quant_method")), grid):
             raise Unsupported(f"--layout vllm of {section.get('quant_method')} in {grid.bits} bits", why, fix)
     stored = getattr(reader, "stored", reader.tensors)
-    if getattr(reader, "ordered", None):
+    if isinstance(reader, QuantizedReader) and reader.ordered:
         raise Unsupported(f"--layout vllm of {min(reader.ordered)}", "vLLM refuses activation order", fix)
     odd = [name for name in stored if name.endswith((".k_scale", ".v_scale"))]
     if odd:
