@@ -30,7 +30,9 @@ def convert(
     form: Annotated[
         str | None,
         typer.Option(
-            "--format", help="compressed-tensors, gptq, gptq_v2, awq, gguf, gguf_q8_0, or safetensors (plain)."
+            "--format",
+            help="compressed-tensors, gptq, gptq_v2, awq, fp8, mlx, gguf, gguf_q8_0, gguf_q4_k and gguf_q6_k (rounded again), "
+            "or safetensors (plain).",
         ),
     ] = None,
     requantize: Annotated[
@@ -97,16 +99,18 @@ def _from_folder(
     from infopt.checkpoint import resolve
     from infopt.exporters.convert import convert_folder, convert_to_gguf
     from infopt.exporters.formats import FORMATS, GGUF_FORMATS, PLAIN, named
+    from infopt.exporters.gguf_kquants import KQUANTS
     from infopt.report import json_out
 
-    if form != PLAIN and form not in FORMATS | GGUF_FORMATS:
-        known = ", ".join((*FORMATS, *GGUF_FORMATS, PLAIN))
+    known = ", ".join((*FORMATS, *GGUF_FORMATS, *KQUANTS, PLAIN))
+    if form not in known.split(", "):
         raise UsageError(f"--format {form}", f"known: {known}", "--format compressed-tensors")
     loss: Loss | None = "requantize" if losses[0] else "dequantize" if losses[1] else None
     stored = getattr(torch, dtype.value) if dtype else None
     overwrite, tokenizer = switches
-    if form in GGUF_FORMATS:
-        done = convert_to_gguf(resolve(model), output, named(form), loss, stored, overwrite, tokenizer)
+    if form in GGUF_FORMATS or form in KQUANTS:
+        target = form if form in KQUANTS else named(form)
+        done = convert_to_gguf(resolve(model), output, target, loss, stored, overwrite, tokenizer)
     else:
         done = convert_folder(resolve(model), output, None if form == PLAIN else named(form), loss, stored, overwrite)
     if as_json:
@@ -123,3 +127,8 @@ def _tell(done: Converted) -> None:
         f"{len(done.carried)} layers carried over bit for bit, {len(done.requantized)} requantized, "
         f"{len(done.dequantized)} dequantized; {done.copied} other tensors copied"
     )
+    if done.left_out:
+        note(
+            f"{len(done.left_out)} scales of the key-value cache left out: {done.format} has no place for them",
+            "yellow",
+        )

@@ -60,7 +60,10 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
     form: Annotated[
         str,
-        typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 (with zero points), awq, gguf, gguf_q8_0."),
+        typer.Option(
+            "--format",
+            help="compressed-tensors, gptq, gptq_v2 (with zero points), awq, fp8 (blocks), mlx, gguf, gguf_q8_0.",
+        ),
     ] = "compressed-tensors",
     tokenizer: Annotated[bool, typer.Option(help="Put the tokenizer into a GGUF file.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,

@@ -58,12 +58,16 @@ def plan_carry(reader: QuantizedReader, skeleton: Skeleton, holder: Holder | Non
         common = Counter(grids.values()).most_common(1)[0][0]
         found |= {name: f"{holder.name} wants all layers alike" for name, grid in grids.items() if grid != common}
         grids = {name: grid for name, grid in grids.items() if grid == common}
+    tables = _tables(modules, skeleton) if holder and holder.name != reader.form.name else []
+    found |= dict.fromkeys(tables, "it is an embedding, which only MLX quantizes")
+    grids = {name: grid for name, grid in grids.items() if name not in tables}
     lost = [name for name in modules if name not in grids]
     if lost and loss is None:
         raise _needs_loss(reader, holder, lost, found)
     carried = dict(grids)
     if lost and loss == "requantize":
-        grids, lost = _requantized(reader, holder, list(modules), carried), []
+        layers = [name for name in modules if name not in tables]
+        grids, lost = _requantized(reader, holder, layers, carried), tables
     linears = [path for path, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
     taken = {modules[name] for name in grids}
     same = frozenset(name for name, grid in carried.items() if grids[name] == grid)
@@ -73,7 +77,7 @@ def plan_carry(reader: QuantizedReader, skeleton: Skeleton, holder: Holder | Non
 def carried_tensor(name: str, q: QTensor, grid: Grid) -> QTensor:
     """q under the grid that `plan_carry` found for it: other dtypes, the same numbers. BadInput for scales that are none."""
     check_finite(name, q.scale)
-    new = QTensor(q.codes, q.scale.to(grid.scale_dtype), q.zero, grid)
+    new = QTensor(q.codes, q.scale.to(grid.scale_dtype), q.zero, grid, q.input_scale)
     if not torch.equal(new.scale.double(), q.scale.double()):
         raise RuntimeError(f"{name}: the plan let {say(grid.scale_dtype)} round its scales")
     return new
@@ -126,15 +130,21 @@ def _modules(reader: QuantizedReader, skeleton: Skeleton) -> dict[str, str]:
     return inside | {name: name for name in ops if name not in found}
 
 
+def _tables(modules: dict[str, str], skeleton: Skeleton) -> list[str]:
+    """The ops that are embeddings."""
+    tables = {path for path, module in skeleton.model.named_modules() if isinstance(module, nn.Embedding)}
+    return [name for name, path in modules.items() if path in tables]
+
+
 def _carriable(reader: QuantizedReader, holder: Holder) -> dict[str, Grid | str]:
     """For each layer the grid on which the target holds its codes, or why it cannot."""
     wanted = model_dtype(reader.config)
-    found: dict[str, Grid | str] = dict.fromkeys(reader.ordered, "its groups are in activation order")
+    found: dict[str, Grid | str] = {name: reader.why_dense(name) for name in reader.ordered}
     for name, grid in reader.quantized.items():
         shape = reader.shape(name)
-        why = holder.objection(grid, shape)
+        why = holder.refuses(grid, shape)
         without = replace(grid, symmetric=True)
-        if why and (grid.symmetric or holder.objection(without, shape)):
+        if why and (grid.symmetric or holder.refuses(without, shape)):
             found[name] = why
         elif why or holder.exact or grid.scale_dtype != wanted or wanted not in holder.scales:
             found[name] = _narrowed(name, reader.qtensor(name), holder, wanted, without if why else grid)
@@ -147,13 +157,17 @@ def _narrowed(name: str, q: QTensor, holder: Holder, wanted: torch.dtype, grid: 
     """`grid` with a scale dtype that holds the scales of q exactly; the reason where q would change."""
     check_finite(name, q.scale)
     if grid.symmetric and not bool((q.zero == grid.middle).all()):
-        return holder.objection(q.grid, q.shape) or "it has zero points"
-    if holder.exact and (why := holder.exact(q)):
-        return why
+        return holder.refuses(q.grid, q.shape) or "it has zero points"
+    why = f"its scales are {say(q.grid.scale_dtype)} numbers that {say(holder.scales[0])} would round"
     for dtype in (wanted, q.grid.scale_dtype, *holder.scales):
-        if dtype in holder.scales and torch.equal(q.scale.to(dtype).double(), q.scale.double()):
+        scale = q.scale.to(dtype)
+        if dtype not in holder.scales or not torch.equal(scale.double(), q.scale.double()):
+            continue
+        inexact = holder.exact(replace(q, scale=scale)) if holder.exact else None
+        if inexact is None:
             return replace(grid, scale_dtype=dtype)
-    return f"its scales are {say(q.grid.scale_dtype)} numbers that {say(holder.scales[0])} would round"
+        why = inexact
+    return why
 
 
 def _requantized(
@@ -163,6 +177,9 @@ def _requantized(
     if holder is None:
         raise Unsupported("plain safetensors hold no codes", "there is nothing to requantize for", "--dequantize")
     own = reader.quantized | reader.ordered
+    if not holder.weight_only and holder.name != "compressed-tensors":
+        why = "it holds floats with rounded inputs, which only calibration or `--scheme FP8_BLOCK` makes"
+        raise Unsupported(f"nothing is rounded again for {holder.name}", why, f"infopt quantize --format {holder.name}")
     if holder.mixed:
         return {name: carried.get(name) or _first(reader, holder, own[name], [name]) for name in names}
     base = next(iter(carried.values()), None) or Counter(own.values()).most_common(1)[0][0]
@@ -171,14 +188,19 @@ def _requantized(
 
 def _first(reader: QuantizedReader, holder: Holder, old: Grid, names: list[str]) -> Grid:
     """The grid most like `old` that the target holds for all of these layers."""
-    for grid in _alike(old):
-        if all(holder.objection(grid, reader.shape(name)) is None for name in names):
+    for grid in _alike(replace(old, inputs=None) if holder.weight_only else old):
+        if all(holder.refuses(grid, reader.shape(name)) is None for name in names):
             return holder.settled(grid)
     raise Unsupported(f"{holder.name} holds no grid for {names[0]} {list(reader.shape(names[0]))}", "", "--dequantize")
 
 
 def _alike(old: Grid) -> Iterator[Grid]:
-    """Grids from the most to the least like `old`: its bits, then more, then fewer; its symmetry; its group, then smaller."""
+    """Grids from the most to the least like `old`: its bits, then more, then fewer; its symmetry; its group, then smaller.
+
+    Of floats, and of scales for blocks or whole tensors, only the weight survives: whole numbers in groups or channels.
+    """
+    if old.kind == "float" or old.rows != 1:
+        old = Grid(old.bits, old.group, old.symmetric, old.scale_dtype, inputs=old.inputs)
     groups = [old.group, *(size for size in sorted(GROUPS, reverse=True) if size != old.group), None]
     for bits in sorted(BITS, key=lambda b: (b < old.bits, abs(b - old.bits))):
         for symmetric in (old.symmetric, not old.symmetric):

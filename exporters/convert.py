@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from infopt.exporters.carry import Carry, Loss, carried_tensor, model_dtype, pla
 from infopt.exporters.folder import model_config, open_model, write_folder
 from infopt.exporters.gguf_blocks import GGUF_Q8_0
 from infopt.exporters.gguf_export import GGUFExport
-from infopt.exporters.quantized import Format, QuantizedReader, damaged
-from infopt.header import read_json
+from infopt.exporters.gguf_kquants import KQUANTS
+from infopt.exporters.quantized import Format, QuantizedReader, damaged, is_cache_tensor
+from infopt.header import read_json, read_tensor
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.output import MANIFEST, OutputFolder, check_manifest, merge_shards, write_json, write_safetensors
@@ -36,7 +37,10 @@ _REPORT = "infopt.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """What was done, by the names of layers; `copied` counts tensors that were not quantized and stayed as they were."""
+    """What was done, by the names of layers; `copied` counts tensors that were not quantized and stayed as they were.
+
+    left_out: the scales of a key-value cache, where the target has no place for them and a loss was agreed to.
+    """
 
     output: str
     source_format: str
@@ -45,6 +49,7 @@ class Converted:
     requantized: list[str]
     dequantized: list[str]
     copied: int
+    left_out: list[str] = field(default_factory=list)
 
 
 def convert_folder(
@@ -66,6 +71,7 @@ def convert_folder(
     if (source / MANIFEST).exists():
         check_manifest(source)
     skeleton = Skeleton(model_config(reader.config), reader)
+    left_out = _left_out(reader, form, loss)
     plan = plan_carry(reader, skeleton, form, loss)
     with OutputFolder(output, overwrite=overwrite, source=source) as folder:
         for left in (*folder.stage.iterdir(), *folder.work.glob("part-*")):
@@ -80,20 +86,21 @@ def convert_folder(
         folder.commit()
     return Converted(
         str(output), reader.form.name, form.name if form else "safetensors",
-        sorted(plan.carried), plan.requantized, sorted(plan.dequantized), copied,
+        sorted(plan.carried), plan.requantized, sorted(plan.dequantized), copied, left_out,
     )  # fmt: skip
 
 
 def convert_to_gguf(
     source: Path,
     output: Path,
-    form: Format,
+    form: Format | str,
     loss: Loss | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     tokenizer: bool = True,
 ) -> Converted:
-    """Write the folder `output` with `model.gguf` in it, from a quantized folder or a float one.
+    """Write the folder `output` with `model.gguf` in it, from a quantized folder or a float one. form: a format that holds
+    codes, or the name of a K-quant, which every linear layer is rounded to.
 
     Raises as `convert_folder`, and Unsupported for models and tokenizers that GGUF or infopt's writer cannot say.
     """
@@ -103,7 +110,11 @@ def convert_to_gguf(
         for left in folder.stage.iterdir():
             left.unlink()
         try:
-            done = write_gguf(open_model(source), folder.stage, form, loss, dtype, tokenizer)
+            reader = open_model(source)
+            if isinstance(form, str):
+                done = write_kquants(reader, folder.stage, form, loss, tokenizer)
+            else:
+                done = write_gguf(reader, folder.stage, form, loss, dtype, tokenizer)
         except InfoptError:
             folder.discard()
             raise
@@ -117,6 +128,7 @@ def write_gguf(
     """Write `model.gguf`, infopt.json and the licence into `stage`; nothing else of the folder is any use beside them."""
     skeleton = Skeleton(model_config(reader.config), reader)
     quantized = reader if isinstance(reader, QuantizedReader) else None
+    left_out = _left_out(quantized, form, loss) if quantized else []
     plan = plan_carry(quantized, skeleton, form, loss) if quantized else None
     export = GGUFExport(reader, skeleton, plan, form is GGUF_Q8_0, dtype or model_dtype(reader.config))
     if quantized and plan:
@@ -125,14 +137,40 @@ def write_gguf(
     carry = plan or Carry({}, frozenset(), frozenset(), {}, [])
     name = quantized.form.name if quantized else "safetensors"
     write_json(stage / _REPORT, _report(reader.folder, name, form.name, carry, digests))
-    _copy_recipe(reader.folder, stage)
-    for path in reader.side_files():
-        if path.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
-            (stage / path.name).write_bytes(path.read_bytes())
+    _copy_beside_gguf(reader, stage)
     copied = len(export.tensors) - len(carry.modules)
     return Converted(
-        str(stage), name, form.name, sorted(carry.carried), carry.requantized, sorted(carry.dequantized), copied
+        str(stage),
+        name,
+        form.name,
+        sorted(carry.carried),
+        carry.requantized,
+        sorted(carry.dequantized),
+        copied,
+        left_out,
     )
+
+
+def write_kquants(reader: CheckpointReader, stage: Path, name: str, loss: Loss | None, tokenizer: bool) -> Converted:
+    """As `write_gguf`, with every linear layer of the blocks rounded anew; Unsupported unless that was asked for."""
+    if loss != "requantize":
+        why = (
+            "its scales are integers of their own kind, so every layer is rounded again, also one that is codes already"
+        )
+        raise Unsupported(f"{name} is only made by rounding", why, "--requantize")
+    quantized = reader if isinstance(reader, QuantizedReader) else None
+    left_out = _cache_tensors(quantized) if quantized else []
+    skeleton = Skeleton(model_config(reader.config), reader)
+    export = GGUFExport(reader, skeleton, None, False, model_dtype(reader.config), KQUANTS[name])
+    export.write(stage / "model.gguf", tokenizer)
+    source = quantized.form.name if quantized else "safetensors"
+    rounded = export.rounded()
+    report = _report(reader.folder, source, name, Carry({}, frozenset(), frozenset(), {}, []), {})
+    report["conversions"][-1]["requantized"] = rounded
+    write_json(stage / _REPORT, report)
+    _copy_beside_gguf(reader, stage)
+    copied = len(export.tensors) - len(rounded)
+    return Converted(str(stage), source, name, [], sorted(rounded), [], copied, left_out)
 
 
 def replace_by_gguf(folder: OutputFolder, form: Format, tokenizer: bool) -> None:
@@ -160,6 +198,24 @@ def _not_quantized(source: Path, form: Format | None) -> Unsupported:
     )
 
 
+def _left_out(reader: QuantizedReader, form: Format | None, loss: Loss | None) -> list[str]:
+    """The stored scales of a key-value cache that the target cannot hold; Unsupported unless a loss was agreed to."""
+    names = _cache_tensors(reader)
+    if form is not None and form.name == "compressed-tensors":
+        return []
+    if names and loss is None:
+        raise Unsupported(
+            f"{form.name if form else 'plain safetensors'} says nothing about a key-value cache",
+            f"{len(names)} calibrated scales would be lost, the first is {names[0]}",
+            "--format compressed-tensors, or --requantize or --dequantize to leave them out",
+        )
+    return names
+
+
+def _cache_tensors(reader: QuantizedReader) -> list[str]:
+    return [name for name in reader.stored if is_cache_tensor(name)]
+
+
 # Writing
 
 
@@ -176,12 +232,13 @@ def _write_weights(
     digests: dict[str, str] = {}
     parts: list[Path] = []
     copied = 0
-    for keys in _portions(skeleton):
+    cache = _cache_tensors(reader) if form is not None and form.name == "compressed-tensors" else []
+    for keys in _portions(skeleton, cache):
         tensors: dict[str, torch.Tensor] = {}
         for key in keys:
             name = key.removesuffix(".weight")
             if name not in plan.modules or name == key:
-                tensors[key] = CheckpointReader.get(reader, key)
+                tensors[key] = read_tensor(reader.stored[key])
                 copied += 1
             elif name in plan.grids and form is not None:
                 q = _converted(reader, name, plan, claimed)
@@ -197,11 +254,16 @@ def _write_weights(
     return digests, copied
 
 
-def _portions(skeleton: Skeleton) -> Iterator[list[str]]:
-    """The order in which `infopt quantize` writes, so that a model converted there and back has its old bytes."""
+def _portions(skeleton: Skeleton, cache: list[str]) -> Iterator[list[str]]:
+    """The order in which `infopt quantize` writes, so that a model converted there and back has its old bytes.
+
+    cache: the cache's scales, which lie beside their block's tensors.
+    """
     yield [*skeleton.outer_keys(), *skeleton.extra_keys()]
     for i in range(len(skeleton.blocks)):
-        yield skeleton.block_keys(i)
+        keys = skeleton.block_keys(i)
+        modules = {key.rpartition(".")[0].rpartition(".")[0] for key in keys}
+        yield [*keys, *(name for name in cache if name.rpartition(".")[0] in modules)]
 
 
 def _converted(reader: QuantizedReader, name: str, plan: Carry, claimed: dict[str, str]) -> QTensor:
@@ -250,6 +312,9 @@ def _write_rest(
     if form is not None and plan.grids:
         grids = {plan.modules[name]: grid for name, grid in plan.grids.items()}
         settings = form.config(grids, plan.kept, reader.transposed & plan.grids.keys())
+        scheme = (reader.config.get("quantization_config") or {}).get("kv_cache_scheme")
+        if scheme is not None and form.name == "compressed-tensors":
+            settings["kv_cache_scheme"] = scheme
     changed: dict[str, Any] = {}
     if dtype is not None and plan.dequantized:
         changed = {key: say(dtype) for key in ("dtype", "torch_dtype") if key in reader.config} or {"dtype": say(dtype)}
@@ -257,6 +322,13 @@ def _write_rest(
     _copy_recipe(reader.folder, stage)
     target = form.name if form else "safetensors"
     write_json(stage / _REPORT, _report(reader.folder, reader.form.name, target, plan, digests))
+
+
+def _copy_beside_gguf(reader: CheckpointReader, stage: Path) -> None:
+    _copy_recipe(reader.folder, stage)
+    for path in reader.side_files():
+        if path.name.upper().startswith(("LICEN", "NOTICE", "USE_POLICY")):
+            (stage / path.name).write_bytes(path.read_bytes())
 
 
 def _copy_recipe(folder: Path, stage: Path) -> None:

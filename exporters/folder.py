@@ -9,6 +9,7 @@ from typing import Any
 
 from infopt.checkpoint import CheckpointReader, contained
 from infopt.errors import Unsupported
+from infopt.exporters import mlx
 from infopt.exporters.formats import for_settings
 from infopt.exporters.quantized import QuantizedReader
 from infopt.header import read_json, show
@@ -17,7 +18,7 @@ from infopt.header import read_json, show
 def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
     """The reader for a folder, by its config's quantization_config; Unsupported for formats that infopt does not read."""
     reader = CheckpointReader(folder)
-    settings = reader.config.get("quantization_config") or _old_settings(reader)
+    settings = reader.config.get("quantization_config") or reader.config.get("quantization") or _old_settings(reader)
     if not settings:
         return reader
     form = for_settings(settings)
@@ -26,7 +27,7 @@ def open_model(folder: Path) -> CheckpointReader | QuantizedReader:
         said = {name: settings[name] for name in names if name in settings} if isinstance(settings, dict) else settings
         raise Unsupported(
             f"{folder}: the model is quantized already, as {show(said)}",
-            "infopt reads compressed-tensors (weight-only integers), gptq, awq and unquantized folders",
+            "infopt reads compressed-tensors, gptq, awq, fp8 in blocks, MLX's affine groups, and unquantized folders",
             "give the original model",
         )
     return QuantizedReader(folder, form, settings)
@@ -44,7 +45,11 @@ def _old_settings(reader: CheckpointReader) -> Any:
 
 def model_config(config: dict[str, Any]) -> dict[str, Any]:
     """A folder's config without its quantization: what the model definition is built from."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {
+        key: value
+        for key, value in config.items()
+        if key != "quantization_config" and not (key == "quantization" and mlx.is_section(value))
+    }
 
 
 def write_folder(
@@ -60,6 +65,8 @@ def write_folder(
     config = {**model_config(source.config), **(changed or {})}
     if quantization is not None:
         config["quantization_config"] = quantization
+        if mlx.is_section(quantization):
+            config["quantization"] = quantization  # the older of the two names, which mlx-lm reads first
     (stage / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in source.side_files():
         target = stage / path.relative_to(source.folder)

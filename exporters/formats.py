@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from infopt.errors import Unsupported, UsageError
-from infopt.exporters import awq, compressed_tensors, gguf_blocks, gptq
+from infopt.exporters import awq, compressed_tensors, gguf_blocks, gptq, hf_fp8, mlx
 from infopt.exporters.quantized import Format, Holder, Shape
 from infopt.grid import Grid
 
-FORMATS = {form.name: form for form in (compressed_tensors.FORMAT, gptq.V1, gptq.V2, awq.FORMAT)}
-
+FORMATS = {
+    form.name: form for form in (compressed_tensors.FORMAT, gptq.V1, gptq.V2, awq.FORMAT, hf_fp8.FORMAT, mlx.FORMAT)
+}
 
 #: written as one GGUF file; while a model is still codes they are folders in the layout of compressed-tensors
 GGUF_FORMATS = {form.name: form for form in (gguf_blocks.GGUF, gguf_blocks.GGUF_Q8_0)}
@@ -35,26 +36,20 @@ def for_settings(settings: Any) -> Format | None:
     if method == "gptq":
         version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         return FORMATS.get(version) if version in ("gptq", "gptq_v2") else None
-    return FORMATS[method] if method in ("compressed-tensors", "awq") else None
+    if mlx.is_section(settings):
+        return mlx.FORMAT
+    return FORMATS[method] if method in ("compressed-tensors", "awq", "fp8") else None
 
 
 def objection(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> str | None:
     """Why the format cannot hold these ops, naming the first that it cannot; None if it can."""
     for name, (grid, shape) in ops.items():
-        if why := (form.weight_only and _more_than_weights(grid)) or form.objection(grid, shape):
+        if why := form.refuses(grid, shape):
             return f"{name} [{shape[0]}, {shape[1]}]: {why}"
     grids = {form.settled(grid) for grid, _ in ops.values()}
     if len(grids) > 1 and not form.mixed:
         return f"all layers must be quantized alike, and these have {len(grids)} different grids"
     return None
-
-
-def _more_than_weights(grid: Grid) -> str | None:
-    if grid.kind == "float":
-        return "its weights are floating numbers of 8 bits"
-    if grid.inputs:
-        return "its inputs are rounded"
-    return None if grid.rows == 1 else f"its scales are per {grid.strategy}"
 
 
 def check(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> None:

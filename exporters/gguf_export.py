@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, dequantize
+from torch import nn
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported, VerificationFailed
@@ -32,6 +33,7 @@ from infopt.exporters.carry import Carry, carried_tensor, check_finite, round_ne
 from infopt.exporters.folder import model_config
 from infopt.exporters.gguf_blocks import block_type, encode_blocks
 from infopt.exporters.gguf_import import gguf_config, gguf_names, gguf_processor, gguf_tensors
+from infopt.exporters.gguf_kquants import fitting, round_blocks
 from infopt.exporters.gguf_settings import ARCHITECTURES, add_settings, check_settings
 from infopt.exporters.gguf_tokenizer import add_tokenizer
 from infopt.exporters.quantized import QuantizedReader
@@ -47,7 +49,11 @@ _FILE_TYPES = {
     GGMLQuantizationType.Q4_0: LlamaFileType.MOSTLY_Q4_0,
     GGMLQuantizationType.Q4_1: LlamaFileType.MOSTLY_Q4_1,
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    GGMLQuantizationType.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    GGMLQuantizationType.Q4_K: LlamaFileType.MOSTLY_Q4_K_S,
+    GGMLQuantizationType.Q6_K: LlamaFileType.MOSTLY_Q6_K,
 }
+_FLOAT_KINDS = {kind for kind, _ in _FLOATS.values()}
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,25 @@ class GGUFExport:
     """`check` settles what can be settled before any work; `write` makes the file and compares it with the folder.
 
     plan: what becomes of quantized layers; None for a float model. q8: Q8_0 blocks for all of them. dtype: of dequantized
-    layers.
+    layers. rounding: the K-quant that every linear layer of the blocks is rounded to, instead of all that; None for none.
     """
 
     def __init__(
-        self, reader: CheckpointReader, skeleton: Skeleton, plan: Carry | None, q8: bool, dtype: torch.dtype
+        self,
+        reader: CheckpointReader,
+        skeleton: Skeleton,
+        plan: Carry | None,
+        q8: bool,
+        dtype: torch.dtype,
+        rounding: GGMLQuantizationType | None = None,
     ) -> None:
         self.reader, self.skeleton, self.plan, self.q8, self.dtype = reader, skeleton, plan, q8, dtype
+        self.rounding = rounding
+        self._linears = {
+            f"{path}.weight"
+            for path, module in skeleton.model.named_modules()
+            if isinstance(module, nn.Linear) and path.startswith(tuple(f"{name}." for name in skeleton.blocks))
+        }
         self.settings = skeleton.config.get_text_config()
         self.arch = check_settings(self.settings, reader.folder)
         self.tensors = list(self._plan_tensors())
@@ -100,6 +118,9 @@ class GGUFExport:
                 q = self._qtensor(name)
                 digests[name], meant[tensor.key] = q.digest(), _digest(q.dequantize())
                 writer.write_tensor_data(encode_blocks(_in_rows(q, tensor.rows), tensor.kind))
+            elif tensor.kind not in _FLOAT_KINDS:
+                raw, meant[tensor.key] = self._rounded(tensor)
+                writer.write_tensor_data(raw)
             else:
                 raw, meant[tensor.key] = self._floats(tensor)
                 writer.write_tensor_data(raw)
@@ -135,6 +156,12 @@ class GGUFExport:
         grid = self.plan.grids.get(key.removesuffix(".weight")) if self.plan else None
         if grid is not None:
             return block_type(self.q8, grid)
+        if (
+            self.rounding
+            and key in self._linears
+            and (fit := fitting(self.rounding, self.reader.tensors[key].shape[-1]))
+        ):
+            return fit
         dtype = self._dtype(key)
         if dtype not in _FLOATS:
             raise _refused(self.reader, f"{key} is {dtype}")
@@ -149,6 +176,19 @@ class GGUFExport:
         return _FILE_TYPES.get(largest) or dict(_FLOATS.values())[largest]
 
     # The bytes
+
+    def rounded(self) -> dict[str, str]:
+        """{layer: its type} for what `rounding` rounds."""
+        kinds = {tensor.key.removesuffix(".weight"): tensor.kind for tensor in self.tensors}
+        return {name: kind.name for name, kind in kinds.items() if self.rounding and kind not in _FLOAT_KINDS}
+
+    def _rounded(self, tensor: _Tensor) -> tuple[np.ndarray, str]:
+        """The blocks of a rounded layer, and the digest of what the gguf package reads from them."""
+        w_OI = self.reader.get(tensor.key)
+        check_finite(tensor.key, w_OI)
+        blocks = round_blocks(w_OI, tensor.kind)
+        meant = torch.from_numpy(dequantize(blocks, tensor.kind))
+        return blocks if tensor.rows is None else blocks[tensor.rows], _digest(meant)
 
     def _floats(self, tensor: _Tensor) -> tuple[np.ndarray, str]:
         """The tensor's numbers in the file, and the digest of what they mean to a reader in the folder's own terms."""

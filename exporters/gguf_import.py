@@ -14,6 +14,7 @@ Stacked experts keep the stacked names that transformers 5 has in memory, which 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from torch import nn
 
 from infopt.errors import BadInput, InfoptError, Unsupported
 from infopt.exporters.gguf_header import GGUFHeader, GGUFTensorInfo, read_gguf_header
+from infopt.exporters.gguf_tokenizer import with_rules
 from infopt.output import OutputFolder, merge_shards, write_safetensors
 
 _PART_BYTES = 256 * 2**20
@@ -217,6 +219,7 @@ def _write_tokenizer(header: GGUFHeader, stage: Path) -> bool:
             str(header.path.parent), gguf_file=header.path.name, local_files_only=True
         )
         tokenizer.save_pretrained(stage)
+        _restore_rules(header, stage / "tokenizer.json")
     except _MODEL_FAILURES as error:
         raise Unsupported(
             f"{header.path}: its tokenizer cannot be converted",
@@ -224,6 +227,16 @@ def _write_tokenizer(header: GGUFHeader, stage: Path) -> bool:
             "Use the original Hugging Face model.",
         ) from error
     return True
+
+
+def _restore_rules(header: GGUFHeader, path: Path) -> None:
+    """How text is cut before it is merged: the file says it by name, which transformers does not read."""
+    name = header.values.get("tokenizer.ggml.pre")
+    if header.values.get("tokenizer.ggml.model") != "gpt2" or not isinstance(name, str) or not path.exists():
+        return
+    rules = with_rules(json.loads(path.read_text(encoding="utf-8")), name)
+    if rules is not None:
+        path.write_text(json.dumps(rules, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @dataclass(frozen=True)

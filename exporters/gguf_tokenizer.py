@@ -3,6 +3,10 @@
 llama.cpp cuts text before it merges by rules that it knows by name (`tokenizer.ggml.pre`). A wrong name gives other tokens
 without any error, so the name is not guessed: the folder's own rules, as tokenizer.json spells them, must be among
 those in the table. Anything else is refused, and `--no-tokenizer` writes the file without one.
+
+The way back needs the same table: transformers makes a tokenizer from a file without looking at the name, so `with_rules`
+puts the rules that the name stands for in place. A name that is not in the table leaves the
+tokenizer as transformers makes it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ _RULES = {
     (_LLAMA3, "bytes"): "llama-bpe",
     (_QWEN2, "bytes"): "qwen2",
 }
+#: Names of models whose text is cut as by one of the rules above.
+_ALIASES = {"gpt-2": "gpt-2", "smollm": "smollm", "llama-bpe": "llama-bpe", "llama3": "llama-bpe", "qwen2": "qwen2"}
 _NORMALIZERS = (None, {"type": "NFC"})  # llama.cpp normalises nothing; Qwen's NFC changes no composed text
 _FAILURES = (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError)
 _FIX = "--no-tokenizer writes the file without one; llama.cpp's own converter may know this tokenizer"
@@ -68,6 +74,25 @@ _SPECIAL = {
     "unk": GGUFWriter.add_unk_token_id,
     "pad": GGUFWriter.add_pad_token_id,
 }
+
+
+def with_rules(rules: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """tokenizer.json's content with the pre-tokenizer that llama.cpp's `name` stands for; None for a name not known."""
+    known = {pre: steps for steps, pre in _RULES.items()}
+    if name not in _ALIASES:
+        return None
+    parts = [_spelled(step) for step in known[_ALIASES[name]]]
+    return {**rules, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts} if len(parts) > 1 else parts[0]}
+
+
+def _spelled(step: str) -> dict[str, Any]:
+    """The inverse of `_step`."""
+    if step in ("bytes+regex", "bytes"):
+        regex = step == "bytes+regex"
+        return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
+    if step == "digits":
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
 
 
 def _tokens(tokenizer: Any, rules: dict[str, Any], vocab_size: int, folder: Path) -> tuple[list[str], list[int]]:

@@ -18,6 +18,7 @@ import torch
 
 from infopt.checkpoint import CONFIG, INDEX, SINGLE, contained
 from infopt.errors import BadInput, InfoptError
+from infopt.exporters.mlx import is_section
 from infopt.header import TensorInfo, look, read_header, read_json, read_tensor, show
 
 Level = Literal["error", "warning", "info"]
@@ -89,7 +90,7 @@ class Model:
     @property
     def method(self) -> str:
         """How the model says that it is quantized, "" where it does not."""
-        return str(self.quantization.get("quant_method", "mlx" if "mode" in self.quantization else ""))
+        return str(self.quantization.get("quant_method", "mlx" if is_section(self.quantization) else ""))
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from infopt.cells import BlockFacts, Outer
 from infopt.checkpoint import CheckpointReader, contained
 from infopt.errors import BadInput, Unsupported
 from infopt.exporters.packing import pack_bits
+from infopt.exporters.quantized import QuantizedReader
 from infopt.exporters.shard_plan import Layer, Split, cut_layer, even_rows, split_blocks
 from infopt.grid import Grid
 from infopt.header import TensorInfo, open_regular, read_into, read_tensor
@@ -73,6 +74,11 @@ def plan_shards(
 
     facts: one per block. Raises Unsupported (a law, with the arithmetic) and UsageError (more stages than blocks).
     """
+    if tp > 1 and isinstance(reader, QuantizedReader) and reader.form.name == "mlx":
+        why = "no engine reads parts of its layers"
+        raise Unsupported(
+            f"{reader.folder} is in MLX's format", why, "infopt convert --format compressed-tensors, or --tp 1"
+        )
     stages = split_blocks(len(skeleton.blocks), pp)
     stage_of = {block: stage for stage, blocks in enumerate(stages) for block in blocks}
     owners = _owners(reader)

@@ -6,9 +6,10 @@ Each rank's file holds vLLM's own parameters before its kernels repack them:
 * the vocabulary is padded with zeros to a multiple of 64 and then divided; a tied embedding is stored as lm_head.weight only;
 * every attention layer has its scale parameters, all 1, and compressed-tensors adds six more.
 
-vLLM refuses files with a parameter too few or too many, so only what is known to the last name is written: llama models, not
-quantized or in 4 bits (compressed-tensors pack-quantized, gptq without activation order, awq). Everything else is refused here.
-This layout is one way: `infopt assemble` puts logical shards back, not these.
+vLLM refuses files with a parameter too few or too many, so only what was loaded in its CPU build is written: llama models, not
+quantized, in 4 bits (compressed-tensors pack-quantized, gptq without activation order, awq), or in 8 bits with rounded inputs
+(compressed-tensors, scales per channel: W8A8, W8A8_STATIC, FP8_DYNAMIC). `benchmarks/interop/sharded_state.py` loads them
+again; everything else is refused here, with the reason. This layout is one way: `infopt assemble` puts logical shards back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import torch
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
 from infopt.exporters.assemble import OpenShards, join
+from infopt.exporters.quantized import QuantizedReader
 from infopt.exporters.shard_plan import SIDES
+from infopt.grid import Grid
 from infopt.header import read_tensor
 from infopt.writer import INDEX, merge_shards, write_safetensors
 
@@ -54,20 +57,41 @@ def check_vllm(reader: CheckpointReader, tp: int, pp: int) -> None:
         raise Unsupported(f"--layout vllm with --pp {pp}", "only tensor parallelism is written", fix)
     section = reader.config.get("quantization_config") or {}
     grids = set(getattr(reader, "quantized", {}).values())
-    if grids and (section.get("quant_method") not in METHODS or any(grid.bits != 4 for grid in grids)):
-        bits = sorted({grid.bits for grid in grids})
-        raise Unsupported(
-            f"--layout vllm of {section.get('quant_method')} in {bits} bits", "it has no loader for that", fix
-        )
-    if section.get("quant_method") == "gptq" and any(not grid.symmetric for grid in grids):
-        raise Unsupported("--layout vllm of gptq with zero points", "vLLM refuses sym: false", fix)
+    for grid in grids:
+        if why := _unread(str(section.get("quant_method")), grid):
+            raise Unsupported(f"--layout vllm of {section.get('quant_method')} in {grid.bits} bits", why, fix)
     stored = getattr(reader, "stored", reader.tensors)
-    odd = [name for name in stored if name.endswith((".k_scale", ".v_scale", ".input_scale"))]
+    if isinstance(reader, QuantizedReader) and reader.ordered:
+        raise Unsupported(f"--layout vllm of {min(reader.ordered)}", "vLLM refuses activation order", fix)
+    odd = [name for name in stored if name.endswith((".k_scale", ".v_scale"))]
     if odd:
         raise Unsupported(f"--layout vllm with {odd[0]}", "where vLLM keeps calibrated scales is not known", fix)
     words = math.ceil(_vocabulary(reader) / _MULTIPLE) * _MULTIPLE
     if words % tp:
         raise Unsupported(f"--layout vllm with --tp {tp}", f"a vocabulary of {words} rows / {tp} is not whole", fix)
+
+
+def _unread(method: str, grid: Grid) -> str | None:
+    """Why vLLM's loader does not take such layers, or could not be tried; None for what it reads right."""
+    if method not in METHODS:
+        return f"only {', '.join(sorted(METHODS))} were loaded"
+    if method == "gptq" and not grid.symmetric:
+        return "vLLM refuses sym: false"
+    if grid.bits == 4 and not grid.inputs:
+        return None
+    if method != "compressed-tensors" or grid.bits < 4 or not grid.inputs:
+        return (
+            f"vLLM's CPU build has no kernel for weights of {grid.bits} bits with float inputs, so it cannot be tried"
+        )
+    if grid.bits == 4 or grid.inputs.kind != grid.kind:
+        return "4-bit weights with rounded inputs were not loaded"
+    if grid.strategy == "block":
+        return "vLLM's CPU build runs blocks on AMX only, so it cannot be tried"
+    if grid.kind == "float" and not grid.inputs.dynamic:
+        return "vLLM's CPU build stops at static scales of 8-bit floats (an empty function), so it cannot be tried"
+    if grid.strategy != "channel" or grid.inputs.group is not None:
+        return f"vLLM stacks the scales of fused layers, and scales per {grid.strategy} were not loaded so"
+    return None if grid.symmetric else "vLLM reads W8A8 without zero points"
 
 
 def write_vllm(
@@ -105,14 +129,22 @@ def _block(shards: OpenShards, reader: CheckpointReader, rank: int, i: int) -> T
     for fused, names in FUSED.items():
         for suffix in {name.rpartition(".")[2] for name in held if name.rpartition(".")[0] == names[0]}:
             parts = [held.pop(f"{name}.{suffix}") for name in names]
-            held[f"{fused}.{suffix}"] = _fuse(parts, suffix)
+            held[f"{fused}.{suffix}"] = _fuse(f"{prefix}{fused}", parts, suffix)
+    for name, tensor in held.items():
+        if name.endswith(".weight_scale") and f"{name.removesuffix('.weight_scale')}.weight" in held:
+            held[name] = tensor.float()  # vLLM keeps the scales of 8-bit weights in fp32
     _check_sizes(shards, prefix, rank)
     return {f"{prefix}{name}": tensor for name, tensor in (*held.items(), *_attention(reader))}
 
 
-def _fuse(parts: list[torch.Tensor], suffix: str) -> torch.Tensor:
+def _fuse(name: str, parts: list[torch.Tensor], suffix: str) -> torch.Tensor:
     if suffix == "weight_shape":
         return torch.stack([torch.stack([part[0] for part in parts]).sum(), parts[0][1]])
+    if suffix == "input_scale":
+        if any(not torch.equal(part, parts[0]) for part in parts):
+            why = "its parts have different static scales for the inputs that they share, and vLLM keeps one"
+            raise Unsupported(f"--layout vllm of {name}", why, "quantize the model again with infopt")
+        return parts[0].float()
     return torch.cat(parts, SIDES[suffix].index("rows"))
 
 

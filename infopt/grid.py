@@ -54,9 +54,12 @@ class Inputs:
             if scale is None:
                 raise ValueError("static inputs need a scale")
             return self._nearest(x, scale.float())
-        parts = x if self.group is None else x.unflatten(-1, (-1, self.group))
+        parts = x
+        if self.group is not None:  # the last group may be shorter, as blocks of a weight may be
+            parts = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.group)).unflatten(-1, (-1, self.group))
         # a token of zeros stays one, whatever it is divided by
-        return self._nearest(parts, (parts.abs().amax(-1, keepdim=True) / self.largest).clamp_min(_TINY)).view_as(x)
+        rounded = self._nearest(parts, (parts.abs().amax(-1, keepdim=True) / self.largest).clamp_min(_TINY))
+        return rounded if self.group is None else rounded.flatten(-2)[..., : x.shape[-1]]
 
     def _nearest(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if self.kind == "float":

@@ -110,8 +110,9 @@ def layers(reader: QuantizedReader, precisions: tuple[str, ...], on_layer: Calla
     checks.append(_digest_row(digests, changed, len(reader.quantized)))
     checks += [errors.row(precision) for precision, errors in used.items()]
     if reader.ordered:
-        said = f"{len(reader.ordered)} layers are stored in activation order: read as dense weights, no kernel to check"
-        checks.append(Check("activation order", None, said))
+        why = reader.why_dense(next(iter(reader.ordered)))
+        said = f"{len(reader.ordered)} layers are read as dense weights, no kernel to check: {why}"
+        checks.append(Check("layers without codes", None, said))
     return checks
 
 

@@ -85,6 +85,34 @@ def test_assembled_shards_are_the_model_byte_for_byte(models, tmp_path, family, 
     assert_same_model(model, tmp_path / "back")
 
 
+OTHERS = {
+    "gptq": ["--method", "rtn", "--bits", 4, "--group-size", 32, "--format", "gptq"],
+    "awq": ["--method", "rtn", "--bits", 4, "--asym", "--group-size", 32, "--format", "awq"],
+    "fp8": ["--method", "fp8", "--scheme", "FP8_BLOCK", "--format", "fp8"],
+    "mlx": ["--method", "rtn", "--bits", 4, "--group-size", 32, "--format", "mlx"],
+}
+
+
+@pytest.mark.parametrize("form", list(OTHERS))
+def test_other_formats_come_back_and_each_rank_means_its_slice(tmp_path, form):
+    model = tiny("llama", tmp_path / "m", hidden_size=512, intermediate_size=256, dtype=torch.bfloat16)
+    made = infopt("quantize", model, *OTHERS[form], "--no-verify", "-o", tmp_path / "q")
+    assert made.code == 0, made.err
+    done = infopt("shard", tmp_path / "q", "--tp", 2, "--pp", 2, "-o", tmp_path / "s")
+    if form == "mlx":
+        assert done.code == 4 and "MLX" in done.err and not (tmp_path / "s").exists()
+        return
+    assert done.code == 0, done.err
+    whole = open_model(tmp_path / "q")
+    for rank in (0, 1):
+        mine = open_model(tmp_path / "s" / f"pp1-tp{rank}")
+        for name, side in (("self_attn.q_proj", 0), ("self_attn.o_proj", 1), ("mlp.up_proj", 0), ("mlp.down_proj", 1)):
+            key = f"model.layers.1.{name}.weight"
+            assert torch.equal(mine.get(key), whole.get(key).chunk(2, side)[rank]), key
+    assert infopt("assemble", tmp_path / "s", "-o", tmp_path / "back").code == 0
+    assert_same_model(tmp_path / "q", tmp_path / "back")
+
+
 def test_each_rank_decodes_to_its_own_slice(models, two_ranks):
     """The slow twin: slices of the whole weights, against what each rank's codes mean when read on their own."""
     whole = open_model(models("llama", "w4-asym"))

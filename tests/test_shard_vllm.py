@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from .tools import infopt, tiny
+from .tools import infopt, text, tiny
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "num_key_value_heads": 2}
 ATTENTION = {f"self_attn.attn._{name}_scale": ("float32", []) for name in ("k", "v", "q", "prob")}
@@ -64,6 +64,45 @@ def test_parameters_of_one_rank_are_those_of_vllm(tmp_path, flags, layer):
     assert (tmp_path / "s" / "config.json").exists() and (tmp_path / "s" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize(("scheme", "dtype"), [("W8A8", "int8"), ("FP8_DYNAMIC", "float8_e4m3fn")])
+def test_eight_bits_have_scales_in_float32_and_whole_on_both_ranks(tmp_path, scheme, dtype):
+    """As vLLM's parameters are: scales per output channel, which a row-parallel layer has on every rank."""
+    model = tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **SIZES)
+    quantize = ["--method", "rtn", "--scheme", scheme, "--no-verify", "-o", tmp_path / "q"]
+    assert infopt("quantize", model, *quantize).code == 0
+    assert infopt("shard", tmp_path / "q", "--tp", 2, "--layout", "vllm", "-o", tmp_path / "s").code == 0
+    whole, layer = load_file(tmp_path / "q" / "model.safetensors"), "model.layers.1"
+    for rank in (0, 1):
+        mine = load_file(tmp_path / "s" / f"model-rank-{rank}-part-0.safetensors")
+        found = {name.removeprefix(f"{layer}."): what for name, what in shapes(mine).items() if name.startswith(layer)}
+        sizes = {"self_attn.qkv_proj": [256, 256], "self_attn.o_proj": [256, 128], "mlp.gate_up_proj": [512, 256],
+                 "mlp.down_proj": [256, 256]}  # fmt: skip
+        wanted = {f"{name}.weight": (dtype, size) for name, size in sizes.items()}
+        wanted |= {f"{name}.weight_scale": ("float32", [size[0], 1]) for name, size in sizes.items()}
+        assert found == wanted | EXTRA | ATTENTION | NORMS
+        down = whole[f"{layer}.mlp.down_proj.weight"].view(torch.uint8).chunk(2, 1)[rank]
+        assert torch.equal(mine[f"{layer}.mlp.down_proj.weight"].view(torch.uint8), down)
+        parts = [whole[f"{layer}.self_attn.{name}_proj.weight_scale"].chunk(2)[rank] for name in "qkv"]
+        assert torch.equal(mine[f"{layer}.self_attn.qkv_proj.weight_scale"], torch.cat(parts).float())
+
+
+def test_static_inputs_share_one_scale(tmp_path):
+    model = tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **SIZES)
+    quantize = ["--method", "rtn", "--scheme", "W8A8_STATIC", "--dataset", text(tmp_path), "--num-samples", 2]
+    assert infopt("quantize", model, *quantize, "--seqlen", 32, "--no-verify", "-o", tmp_path / "q").code == 0
+    assert infopt("shard", tmp_path / "q", "--tp", 2, "--layout", "vllm", "-o", tmp_path / "s").code == 0
+    whole = load_file(tmp_path / "q" / "model.safetensors")
+    mine = load_file(tmp_path / "s" / "model-rank-1-part-0.safetensors")
+    for fused, part in (("self_attn.qkv_proj", "self_attn.k_proj"), ("mlp.gate_up_proj", "mlp.up_proj")):
+        held = mine[f"model.layers.0.{fused}.input_scale"]
+        assert held.shape == (1,) and torch.equal(held, whole[f"model.layers.0.{part}.input_scale"].float())
+    whole["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+    save_file(whole, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "q" / "manifest.json").unlink()
+    refused = infopt("shard", tmp_path / "q", "--layout", "vllm", "-o", tmp_path / "t")
+    assert refused.code == 4 and "different static scales" in refused.err and not (tmp_path / "t").exists()
+
+
 @pytest.mark.parametrize("flags", [None, ["--bits", 4, "--asym"]])
 def test_two_ranks_hold_their_slices_side_by_side(tmp_path, flags):
     model = make(tmp_path, flags, vocab_size=500)
@@ -98,14 +137,19 @@ def test_a_tied_embedding_is_the_head(tmp_path):
     [
         ("gpt2", None, [], "only llama"),
         ("llama", None, ["--pp", 2], "only tensor parallelism"),
-        ("llama", ["--bits", 8], [], "8] bits"),
-        ("llama", ["--bits", 3], [], "3] bits"),
+        ("llama", ["--bits", 8], [], "no kernel for weights of 8 bits"),
+        ("llama", ["--bits", 3], [], "no kernel for weights of 3 bits"),
+        ("llama", ["--bits", 4, "--asym", "--format", "gptq_v2"], [], "vLLM refuses sym: false"),
+        ("llama", ["--scheme", "W4A8"], [], "4-bit weights with rounded inputs"),
+        ("llama", ["--scheme", "FP8_BLOCK"], [], "AMX only"),
+        ("llama", ["--scheme", "FP8_BLOCK", "--format", "fp8"], [], "only awq, compressed-tensors, gptq were loaded"),
     ],
 )
 def test_what_vllm_would_get_wrong_is_refused(tmp_path, family, flags, asked, says):
-    model = tiny(family, tmp_path / "m")
+    model = tiny(family, tmp_path / "m", **(SIZES if family == "llama" else {}))
     if flags:
-        quantize = ["--method", "rtn", "--group-size", 32, *flags, "--no-verify", "-o", tmp_path / "q"]
+        groups = [] if "--scheme" in flags else ["--group-size", 32]
+        quantize = ["--method", "rtn", *groups, *flags, "--no-verify", "-o", tmp_path / "q"]
         assert infopt("quantize", model, *quantize).code == 0
         model = tmp_path / "q"
     done = infopt("shard", model, "--layout", "vllm", *asked, "-o", tmp_path / "s")
