@@ -9,6 +9,7 @@ import torch
 
 from infopt.grid import FP8, Grid, Inputs
 from infopt.kernels import reference
+from infopt.kernels.packing import Packed
 from infopt.kernels.triton import gemm, linear, numeric, weight
 from infopt.qtensor import QTensor
 from tests.triton_tools import assert_caught, assert_close, planted, poisoned
@@ -48,11 +49,12 @@ WEIGHTS = [
 def check_weight(module: ModuleType, grid: Grid, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
     q = random_q(*shape, grid)
     x, bias = random(tokens, shape[1], dtype=dtype), random(shape[0], seed=1)
-    packed = module.Packed.of(q)
+    packed = Packed.of(q)
     with poisoned():
         y = module.multiply(x, packed, bias)
         w = module.dequantize(packed, torch.float32)
     assert y.dtype == dtype
+    assert_close(packed.dequantize(), q.dequantize(), 0.0, "the packed weight")
     assert_close(w, q.dequantize(), 0.0, "the weight")
     assert_close(y, reference.linear(x, q, bias), TOLERANCE[dtype], "the product")
 
@@ -69,7 +71,7 @@ def test_packed_weights_in_16_bits(tokens, dtype) -> None:
 
 
 WEIGHT_BUGS = [
-    ("low | high << 4", "high | low << 4"),
+    ("w = (byte >> 4).to(tl.float32) - zero", "w = (byte & 15).to(tl.float32) - zero"),
     ("tl.load(at_x + column[:, None] + HALF,", "tl.load(at_x + column[:, None],"),
     (
         "total += product * tl.load(scale + o * G + g",

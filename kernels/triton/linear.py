@@ -20,6 +20,7 @@ from torch import Tensor
 
 from infopt.grid import FP8, Inputs
 from infopt.kernels.cpu import Precision, PreparedLinear
+from infopt.kernels.packing import Packed
 from infopt.kernels.triton import gemm, rows, weight
 from infopt.qtensor import QTensor
 
@@ -49,7 +50,7 @@ def _groups(q: QTensor) -> bool:
 
 
 def _weight_only(q: QTensor) -> PreparedLinear:
-    packed = weight.Packed.of(q)
+    packed = Packed.of(q)
 
     def multiply(x_TI: Tensor) -> Tensor:
         x_TI = x_TI.to(TYPE)

@@ -5,66 +5,20 @@ weight out (`dequantize`, then torch's product). Weights are the left operand of
 narrow side. Codes minus their zero point are exact in 16 bits; scales multiply the fp32 sums, once for each part of
 columns, and never a weight.
 
-`pack4` lays nibbles out in planes: in a part of 32 columns or more, byte i holds columns i and i + half in its lower and
-upper half, so that both are whole tiles of columns and nothing is interleaved.
+Nibbles lie in planes (`kernels/packing.py`), so that both halves of a byte are whole tiles of columns and nothing is
+interleaved.
 
 Legend: T tokens, I input columns, O output channels, G scales of a row.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from infopt.errors import Unsupported
+from infopt.kernels.packing import Packed
 from infopt.kernels.triton.decode import TYPES
 from infopt.kernels.triton.numeric import activate, from_e4m3
-from infopt.qtensor import QTensor
-
-_PARTS = (128, 64, 32)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight [O, I] as `multiply` reads it. kind: "int4", "int8" or "fp8". part: columns of one step of the kernel, which
-    share a scale. group: columns that share a scale, where it is a multiple of `part`. zero is None where it is the middle."""
-
-    codes: Tensor
-    scale_OG: Tensor
-    zero_OG: Tensor | None
-    kind: str
-    part: int
-    columns: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.codes, self.scale_OG, self.zero_OG) if part is not None)
-
-    @staticmethod
-    def of(q: QTensor) -> "Packed":
-        """Raises Unsupported for groups of another size, and scales that are not of rows."""
-        columns = q.shape[1]
-        width = q.grid.width(columns)
-        part = next((part for part in _PARTS if width % part == 0), 32)
-        if q.grid.rows != 1 or (q.grid.group is not None and width % part):
-            raise Unsupported(
-                f"a weight with scales of {q.grid.strategy}s of {width}", "The kernel knows groups of 32, 64, ..."
-            )
-        kind = "fp8" if q.grid.kind == "float" else "int8" if q.grid.bits == 8 else "int4"
-        codes = pack4(q.codes, part, q.grid.middle) if kind == "int4" else q.codes.contiguous()
-        middle = {"int4": 8, "int8": 128, "fp8": 0}[kind]
-        same = q.grid.symmetric and q.grid.middle == middle
-        return Packed(codes, q.scale.contiguous(), None if same else q.zero.contiguous(), kind, part, columns)
-
-
-def pack4(codes_OI: Tensor, part: int, fill: int) -> Tensor:
-    """uint8 [O, I / 2] in planes (see the module); columns are filled up to whole parts."""
-    rows, columns = codes_OI.shape
-    padded = torch.nn.functional.pad(codes_OI, (0, -columns % part), value=fill)
-    low, high = padded.view(rows, -1, 2, part // 2).unbind(2)
-    return (low | high << 4).flatten(1).contiguous()
 
 
 @triton.jit
@@ -166,7 +120,7 @@ def multiply(x_TI: Tensor, w: Packed, bias_O: Tensor | None = None, act: str = "
     exact = x_TI.dtype == torch.float32
     _multiply[(triton.cdiv(rows, 64), triton.cdiv(tokens, step))](
         x_TI, w.codes, w.scale_OG, w.scale_OG if w.zero_OG is None else w.zero_OG, x_TI if bias_O is None else bias_O,
-        y_TO, tokens, w.columns, rows, w.scale_OG.shape[1], _group(w), HAS_BIAS=bias_O is not None,
+        y_TO, tokens, w.columns, rows, w.scale_OG.shape[1], w.group, HAS_BIAS=bias_O is not None,
         ZERO=w.zero_OG is not None, KIND=w.kind, ACT=act, TYPE=TYPES[x_TI.dtype],
         PRECISION="ieee" if exact else "tf32", PART=w.part, TOKENS=step, ROWS=64, num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -179,11 +133,6 @@ def dequantize(w: Packed, dtype: torch.dtype) -> Tensor:
     w_OI = torch.empty(rows, w.columns, dtype=dtype, device=w.codes.device)
     _dequantize[(triton.cdiv(rows, 16), triton.cdiv(w.columns, w.part))](
         w.codes, w.scale_OG, w.scale_OG if w.zero_OG is None else w.zero_OG, w_OI, w.columns, rows,
-        w.scale_OG.shape[1], _group(w), ZERO=w.zero_OG is not None, KIND=w.kind, PART=w.part, ROWS=16, num_warps=4,
+        w.scale_OG.shape[1], w.group, ZERO=w.zero_OG is not None, KIND=w.kind, PART=w.part, ROWS=16, num_warps=4,
     )  # fmt: skip
     return w_OI
-
-
-def _group(w: Packed) -> int:
-    """Columns per scale; more than all where there is one scale for each row."""
-    return -(-w.columns // w.part) * w.part // w.scale_OG.shape[1]
