@@ -4,7 +4,7 @@
     norms       h = x + residual, rounded to the type of x, as the residual stream is kept; y = h / rms(h) * weight
     attention   softmax(cap(q k^T * scaling)) v over the tokens that a query sees; cap(s) = c tanh(s / c), if there is a c
 
-The cache that `rope_write` fills and `paged_decode` reads is described in `kernels/pages.py`, sampling in `sampling.py`.
+The cache that `rope_write` fills and `paged_decode` reads is described in `pages.py`; `sampling.py` has the draws.
 Nothing here is fast, and nothing here may be clever. Results are fp32 where nothing else is said.
 
 Legend: T tokens (any leading dimensions), I input columns, O output channels, C width, F width of a gated MLP, B texts,
@@ -15,7 +15,6 @@ head, R of them turned by rotary angles, P pages of a text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from infopt.grid import FP8, Inputs
 from infopt.kernels.pages import PAGE, Pages
 from infopt.qtensor import QTensor
 
-Activation = Literal["none", "silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
@@ -72,14 +70,14 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_C.float()
 
 
-def gated(x_T2F: Tensor, act: Activation) -> Tensor:
+def gated(x_T2F: Tensor, act: str) -> Tensor:
     """act(gate) * up [T, F], where a token's first half is the gate."""
     gate_TF, up_TF = x_T2F.float().chunk(2, dim=-1)
     return ACTIVATIONS[act](gate_TF) * up_TF
 
 
 def norm_linear(
-    x_TI: Tensor, gamma_I: Tensor, beta_I: Tensor, eps: float, w_OI: Tensor, bias_O: Tensor, act: Activation = "none"
+    x_TI: Tensor, gamma_I: Tensor, beta_I: Tensor, eps: float, w_OI: Tensor, bias_O: Tensor, act: str = "none"
 ) -> Tensor:
     """act(layer_norm(x) W^T + b) [T, O]."""
     normed_TI = F.layer_norm(x_TI.float(), gamma_I.shape, gamma_I.float(), beta_I.float(), eps)

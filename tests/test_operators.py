@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from infopt import kernels
 from infopt.grid import FP8, Grid, Inputs
 from infopt.kernels import operators, reference, sampling
 from infopt.kernels.packing import Packed
@@ -115,3 +119,34 @@ def test_what_is_written_can_be_read() -> None:
     k = reference.rope(qkv[:, 4:6], angle.cos(), angle.sin()).transpose(0, 1)[None]
     wanted = reference.attention(q[None, -1:].transpose(1, 2), k, qkv[None, :, 6:].transpose(1, 2), 0.25)[:, :, 0]
     assert (found - wanted).norm() / wanted.norm() < 0.2  # 4 bits
+
+
+def test_a_weight_on_a_gpu_gets_a_kernel_for_gpus() -> None:
+    """As far as that can be seen without one: something that says that it lies there."""
+    codes = SimpleNamespace(device=torch.device("cuda"))
+    there: Any = SimpleNamespace(codes=codes, grid=Grid(4, 32), dequantize=lambda _: torch.eye(2))
+    found = kernels.prepare(there)
+    assert found.multiply.__module__ == "infopt.kernels.triton.linear"
+    assert torch.equal(found(torch.ones(1, 2)), torch.ones(1, 2))
+
+
+def test_without_triton_a_gpu_is_refused_and_everything_else_works() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+from types import SimpleNamespace
+import torch
+import infopt.kernels.cpu, infopt.kernels.operators
+from infopt.errors import Unsupported
+assert "infopt.kernels.triton" not in sys.modules
+print(torch.ops.infopt.gated(torch.ones(1, 4), "silu")[0].shape)
+try:
+    infopt.kernels.prepare(SimpleNamespace(codes=SimpleNamespace(device=torch.device("cuda"))))
+except Unsupported as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 2])" in done.stdout
+    assert "need Triton" in done.stdout
+    assert 'pip install "infopt[gpu]"' in done.stdout

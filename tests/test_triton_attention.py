@@ -152,14 +152,14 @@ def check_decode(
 ) -> None:  # fmt: skip
     """Texts of several lengths, one of a single token, in pages in any order; a ring of pages where there is a window."""
     queries, heads, width = shape
-    lengths = torch.tensor([70, 1, 131])
-    count = torch.tensor([9, 9, 9] if window is None else [5, 5, 5])
-    tables = torch.randperm(30, generator=torch.Generator().manual_seed(5))[:27].view(3, 9)
-    keys, values = halves(30 * PAGE, heads, width, grid)
-    everything = torch.arange(30 * PAGE)
-    keys.write(everything, random(30 * PAGE, heads, width, seed=6) * 2)
-    values.write(everything, random(30 * PAGE, heads, width, seed=7))
-    q = random(3, queries, width, seed=8, dtype=dtype)
+    lengths = torch.tensor([1, 131])
+    count = torch.tensor([9, 9] if window is None else [5, 5])
+    tables = torch.randperm(20, generator=torch.Generator().manual_seed(5))[:18].view(2, 9)
+    keys, values = halves(20 * PAGE, heads, width, grid)
+    everything = torch.arange(20 * PAGE)
+    keys.write(everything, random(20 * PAGE, heads, width, seed=6) * 2)
+    values.write(everything, random(20 * PAGE, heads, width, seed=7))
+    q = random(2, queries, width, seed=8, dtype=dtype)
     arguments = (tables, count, lengths, width**-0.5, window, cap)
     wanted = reference.paged_decode(q, keys, values, *arguments)
     with poisoned():
@@ -182,7 +182,7 @@ def test_decode_with_a_window_in_a_ring_and_a_cap(kind) -> None:
     ("kind", "dtype"), [("none", torch.bfloat16), ("int8", torch.float16), ("fp8", torch.bfloat16)]
 )
 def test_decode_in_16_bits(kind, dtype) -> None:
-    check_decode(decode, (2, 1, 64), OWN[kind], dtype=dtype)
+    check_decode(decode, (2, 1, 64), OWN[kind], splits=1, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ DECODE_BUGS = [
 @pytest.mark.parametrize(("old", "new", "kind"), DECODE_BUGS)
 def test_planted_bugs_in_decode_are_caught(old, new, kind, tmp_path) -> None:
     window = 50 if "WINDOW" in old else None
-    assert_caught(check_decode, planted(decode, tmp_path, old, new), (8, 2, 32), OWN[kind], window)
+    assert_caught(check_decode, planted(decode, tmp_path, old, new), (4, 2, 32), OWN[kind], window)
 
 
 def test_a_wrong_e4m3_is_caught(tmp_path) -> None:
@@ -230,7 +230,7 @@ def check_attention(
     cap: float | None = None, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     q, k, v = (
-        random(2, count, n, width, seed=n + i, dtype=dtype)
+        random(2 if queries < 50 else 1, count, n, width, seed=n + i, dtype=dtype)
         for i, (n, count) in enumerate(((heads[0], queries), (heads[1], tokens), (heads[1], tokens)))
     )
     q, k, v = (x.transpose(1, 2) for x in (q * 2, k * 2, v))
@@ -252,7 +252,7 @@ def test_attention(heads, queries, tokens, width, window, cap) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_in_16_bits(dtype) -> None:
-    check_attention(attention, (4, 2), 150, 200, 64, 70, None, dtype)
+    check_attention(attention, (2, 1), 130, 150, 32, 70, None, dtype)
 
 
 def test_the_reference_agrees_with_torch() -> None:

@@ -11,13 +11,13 @@ from infopt.kernels import sampling as meaning
 from infopt.kernels.triton import sampling
 from tests.triton_tools import assert_caught, planted, poisoned
 
-TEXTS, VOCABULARY = 6, 5000
+TEXTS, VOCABULARY = 6, 2100
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Greedy with equals, everything, each kind of cut alone, and all of them."""
     logits = (torch.randn(TEXTS, VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2).to(dtype)
-    logits[0, [17, 4500]] = 50.0
+    logits[0, 17:2080:7] = 50.0
     return (
         logits,
         torch.tensor([0.0, 1.0, 0.7, 0.8, 1.3, 0.9]),
@@ -29,9 +29,9 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     )
 
 
-def check_sample(module: ModuleType) -> None:
+def check_sample(module: ModuleType, steps: int = 1) -> None:
     logits, *rest, position = arguments()
-    for step in range(6):
+    for step in range(steps):
         wanted = meaning.sample(logits, *rest, position + step)
         with poisoned():
             found = module.sample(logits, *rest, position + step)
@@ -39,7 +39,7 @@ def check_sample(module: ModuleType) -> None:
 
 
 def test_the_kernel_draws_the_same_tokens() -> None:
-    check_sample(sampling)
+    check_sample(sampling, steps=3)
 
 
 BUGS = [

@@ -78,6 +78,6 @@ def attention(
         q_BHQD, k_BHKD, v_BHKD, y_BHQD, *strides, scaling, heads, queries, k_BHKD.shape[2], width, WINDOW=window or 0,
         CAP=cap or 0.0, GROUP=heads // k_BHKD.shape[1], TYPE=TYPES[q_BHQD.dtype],
         PRECISION="ieee" if exact else "tf32", QUERIES=rows, KEYS=32 if exact or width > 128 else 64,
-        BLOCK=max(16, triton.next_power_of_2(width)), num_warps=4 if rows <= 64 else 8, num_stages=2,
+        BLOCK=max(16, triton.next_power_of_2(width)), num_warps=4 if rows <= 64 and width <= 128 else 8, num_stages=2,
     )  # fmt: skip
     return y_BHQD

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infopt.kernels.sampling import cut
 
-PART = 4096
+PART = 2048
 _BLOCK = 1024
 
 

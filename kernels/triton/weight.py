@@ -122,7 +122,8 @@ def multiply(x_TI: Tensor, w: Packed, bias_O: Tensor | None = None, act: str = "
         x_TI, w.codes, w.scale_OG, w.scale_OG if w.zero_OG is None else w.zero_OG, x_TI if bias_O is None else bias_O,
         y_TO, tokens, w.columns, rows, w.scale_OG.shape[1], w.group, HAS_BIAS=bias_O is not None,
         ZERO=w.zero_OG is not None, KIND=w.kind, ACT=act, TYPE=TYPES[x_TI.dtype],
-        PRECISION="ieee" if exact else "tf32", PART=w.part, TOKENS=step, ROWS=64, num_warps=4, num_stages=3,
+        PRECISION="ieee" if exact else "tf32", PART=w.part, TOKENS=step, ROWS=64,
+        num_warps=4 if step <= 64 else 8, num_stages=3,
     )  # fmt: skip
     return y_TO
 
