@@ -18,7 +18,7 @@ from infopt.grid import FP8, Inputs
 from infopt.kernels import reference, sampling
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import Pages
-from infopt.kv_cache import CacheGrid
+from infopt.kv_cache import CacheGrid, Strategy
 
 _CODES = {"int8": torch.int8, "fp8": FP8}
 
@@ -230,7 +230,9 @@ def _(x, v, sums, bias, eps, act="none"):
 def _pages(codes: Tensor, scale: Tensor | None, zero: Tensor | None, kind: str) -> Pages:
     if scale is None:
         return Pages(codes)
-    strategy = "token" if scale.dim() == 3 else "tensor"  # how a calibration shares its scales is in their shape
+    strategy: Strategy = (
+        "token" if scale.dim() == 3 else "tensor"
+    )  # how a calibration shares its scales is in their shape
     grid = CacheGrid("float" if kind == "fp8" else "int", 4 if kind == "int4" else 8, strategy, zero is None)
     return Pages(codes, scale, zero, grid)
 
