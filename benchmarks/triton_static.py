@@ -240,8 +240,24 @@ def measure(case: str, launch: Launch, arch: int) -> Measured:
         tool = triton.knobs.nvidia.cuobjdump.path
         told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.findall(rf"{word}:(\d+)", told)[-1]) for word in ("REG", "STACK"))
+    spilled = (
+        spilled_bytes(compiled.asm["ptx"]) if stack else 0
+    )  # a stack may hold other things, and costs time to explain
     name, warps = launch.kernel.fn.__name__, compiled.metadata.num_warps
-    return Measured(case, name, arch, registers, stack, compiled.metadata.shared, warps)
+    return Measured(case, name, arch, registers, spilled, compiled.metadata.shared, warps)
+
+
+def spilled_bytes(ptx: str) -> int:
+    """What the assembler says when it is asked again."""
+    target = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    tools = triton.knobs.nvidia
+    tool = tools.ptxas_blackwell if target.startswith(("sm_100", "sm_103", "sm_12")) else tools.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"-arch={target}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 
 def runs_on(case: str, arch: int) -> bool:
