@@ -49,22 +49,30 @@ class Inputs:
 
     def round(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., I] as the layer sees it, fp32. scale: fp32 [1] where the inputs are not dynamic."""
+        values, scale = self.encode(x, scale)
+        rounded = values * scale
+        return rounded if self.group is None else rounded.flatten(-2)[..., : x.shape[-1]]
+
+    def encode(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values, scale) in fp32, whole numbers or values of E4M3: [..., G, K] and [..., G, 1] with groups, [..., I] and
+        [..., 1] without, and the scale that was given where the inputs are not dynamic. A last group that is shorter is
+        filled with zeros."""
         x = x.float()
         if not self.dynamic:
             if scale is None:
                 raise ValueError("static inputs need a scale")
-            return self._nearest(x, scale.float())
+            return self._nearest(x, scale.float()), scale.float()
         parts = x
         if self.group is not None:  # the last group may be shorter, as blocks of a weight may be
             parts = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.group)).unflatten(-1, (-1, self.group))
         # a token of zeros stays one, whatever it is divided by
-        rounded = self._nearest(parts, (parts.abs().amax(-1, keepdim=True) / self.largest).clamp_min(_TINY))
-        return rounded if self.group is None else rounded.flatten(-2)[..., : x.shape[-1]]
+        scale = (parts.abs().amax(-1, keepdim=True) / self.largest).clamp_min(_TINY)
+        return self._nearest(parts, scale), scale
 
     def _nearest(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if self.kind == "float":
-            return to_fp8(x / scale).float() * scale
-        return (x / scale).round_().clamp_(-128, 127) * scale
+            return to_fp8(x / scale).float()
+        return (x / scale).round_().clamp_(-128, 127)
 
 
 @dataclass(frozen=True)
