@@ -181,7 +181,7 @@ def driver() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise Unsupported("There is no NVIDIA driver on this machine.", str(error), "add --device cpu") from error
+        raise Unsupported("There is no NVIDIA driver on this machine.", str(error), "nvidia-smi") from error
     check(library.cuInit(0), library, "the driver does not start")
     return library
 
@@ -194,11 +194,11 @@ def check(status: int, library: ctypes.CDLL, doing: str) -> None:
     library.cuGetErrorString(status, ctypes.byref(text))
     reason = f"CUDA error {status}: {(text.value or b'unknown').decode()}"
     if status in (_OUT_OF_MEMORY, _OUT_OF_LAUNCH_RESOURCES):
-        raise OutOfResources(f"The GPU has no room: {doing}.", reason, "use a smaller batch or model, or --device cpu")
+        raise OutOfResources(f"The GPU has no room: {doing}.", reason, "use a smaller batch or model")
     if status in _NOT_FOR_THIS_GPU:
         raise Unsupported(f"The GPU's driver refuses a kernel: {doing}.", reason, "update the NVIDIA driver")
     if doing == "the driver does not start":
-        raise Unsupported("No GPU can be used.", reason, "add --device cpu")
+        raise Unsupported("No GPU can be used.", reason, "nvidia-smi")
     raise RuntimeError(f"{doing}: {reason}")
 
 
@@ -209,7 +209,7 @@ def supported(capability: tuple[int, int], known: Sequence[int]) -> int:
     if major * 10 + minor < OLDEST:
         raise Unsupported(
             f"The GPU has compute capability {major}.{minor}.", f"The kernels need {OLDEST / 10} or newer.",
-            "add --device cpu",
+            "keep the weights on the processor",
         )  # fmt: skip
     fitting = [arch for arch in known if arch // 10 == major and arch % 10 <= minor]
     if not fitting:

@@ -122,8 +122,8 @@ def test_no_kernel_spills_and_the_main_loop_keeps_its_budget(
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_emulated_kernel_compiles_too(case, compiler, tmp_path) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.bias or case.gated or case.grid.rows != 1], ids=str)
+def test_what_the_budgets_leave_out_compiles_too(case, compiler, tmp_path) -> None:
     binary = jit.compiled(decode.source(case.variant), 90, tmp_path, compiler)
     assert binary.cubin[:4] == b"\x7fELF"
     assert resources(binary.log)[1] <= (SPILLED_ONCE if case.tokens > 16 else 0)

@@ -15,6 +15,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
+from infopt.errors import Unsupported
 from infopt.kernels import jit
 from infopt.kernels.cuda.layout import CHUNK, FLOATS, TILE, Packed
 
@@ -72,6 +73,8 @@ def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, out: Te
     whatever else is in the batch.
     """
     tokens, (rows, columns) = len(x_TI), packed.shape
+    if x_TI.device.type != "cuda" or x_TI.device != packed.weight.device:
+        raise Unsupported(f"Activations ({x_TI.device}) and weight ({packed.weight.device}) are not on a GPU together.")
     x_TI = _aligned(x_TI.contiguous())
     y = x_TI.new_empty(tokens, rows // 2 if packed.gated else rows) if out is None else out
     if not tokens:
