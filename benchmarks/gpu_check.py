@@ -155,6 +155,7 @@ class Run:
     seed: int
     ceilings: Row
     device: str = "cuda"
+    capture: Callable[[list[Callable[[], object]]], Any] = gpu_timing.Graph.capture
 
     def inputs(self, op: Op, case: Case) -> Any:
         number = int.from_bytes(hashlib.sha256(f"{self.seed} {op.name} {case}".encode()).digest()[:6], "little")
@@ -187,7 +188,7 @@ def measure(op: Op, case: Case, row: Row, run: Run) -> None:
     graphs, anchors = {}, row["anchor_us"]
     for contender in (op.ours, *op.anchors):
         try:
-            graphs[contender.name] = graph_of(contender, inputs)
+            graphs[contender.name] = graph_of(contender, inputs, run)
         except _MISSING as error:
             if contender is op.ours:
                 raise
@@ -201,11 +202,8 @@ def measure(op: Op, case: Case, row: Row, run: Run) -> None:
     anchors.update({name: time.us for name, time in times.items()})
 
 
-def graph_of(contender: Contender, inputs: Any) -> gpu_timing.Graph:
-    calls: list[Callable[[], object]] = []
-    for _ in range(gpu_timing.copies(contender.nbytes(inputs))):
-        calls.append(contender.prepare(inputs))
-    return gpu_timing.Graph.capture(calls)
+def graph_of(contender: Contender, inputs: Any, run: Run) -> Any:
+    return run.capture([contender.prepare(inputs) for _ in range(gpu_timing.copies(contender.nbytes(inputs)))])
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from infopt.grid import Grid
+from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.layout import ungated
 
 from .emulator.build import COMPILER, SOURCES, Emulator, Fault
 from .emulator.cases import BFLOAT, CASES, HALF, Case
@@ -26,7 +28,8 @@ BATCHES = tuple(Case(tokens, 256, 384, Grid(4, 64, False, HALF), HALF, 5) for to
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory) -> Emulator:
     variants = sorted({case.variant for case in CASES + BATCHES})
-    return Emulator.build(variants, tmp_path_factory.mktemp("emulator"))
+    dense = sorted({decode.variant(case.packed(), case.dtype, 1) for case in CASES})
+    return Emulator.build(variants, tmp_path_factory.mktemp("emulator"), dense=dense)
 
 
 def run(emulator: Emulator, case: Case, seed: int) -> torch.Tensor:
@@ -60,6 +63,13 @@ def test_a_weight_can_be_used_again_and_with_other_blocks(emulator) -> None:
     assert torch.equal(emulator.multiply(packed, x_TI, bias, blocks=5, seed=7), first)
     for blocks in (1, 2, 7, 12):
         assert case.agrees(emulator.multiply(packed, x_TI, bias, blocks=blocks), case.want(x_TI, bias))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_written_out_has_the_bits_that_torch_gives_it(emulator, case) -> None:
+    packed = case.packed()
+    w_OI = emulator.dense(packed, case.dtype)
+    assert torch.equal(ungated(w_OI) if packed.gated else w_OI, case.weight.dequantize(case.dtype))
 
 
 def test_the_emulator_sees_what_leaves_its_buffers(emulator) -> None:

@@ -9,6 +9,7 @@ from infopt import kernels
 from infopt.grid import Grid
 from infopt.kernels import reference
 from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.dense import dense
 from infopt.kernels.cuda.layout import Packed, pack
 from infopt.qtensor import QTensor
 
@@ -42,6 +43,13 @@ def test_the_kernels_agree_with_the_reference(case) -> None:
     assert case.agrees(y[0].cpu(), case.want(x_TI, bias_O))
     assert all(torch.equal(y[0], again) for again in y[1:])
     assert not packed.arrived.any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_written_out_has_the_bits_that_torch_gives_it(case) -> None:
+    packed = pack(on_gpu(case.weight), case.gated)
+    assert packed is not None
+    assert torch.equal(dense(packed, case.dtype).cpu(), case.weight.dequantize(case.dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -72,6 +72,29 @@ def test_the_check_accepts_what_is_right_and_nothing_else(tmp_path) -> None:
         assert bool(gpu_report.failures(row)) is failing
 
 
+class Clock:
+    """In the place of a captured graph: every call of cuBLAS's stand-in takes 60 us, ours 20."""
+
+    def __init__(self, calls: list) -> None:
+        self.calls, self.us = len(calls), 20.0 if len(calls[0]()) == 1 else 60.0
+
+    def time(self, replays: int) -> float:
+        return self.us
+
+
+def test_times_become_shares_of_the_floor_beside_the_anchors() -> None:
+    run = gpu_check.Run(1, CEILINGS, "cpu", Clock)
+    nothing = Contender("infopt", lambda problems: lambda: [torch.zeros(1)], OPS[0].ours.nbytes)
+    op, row = replace(OPS[0], ours=nothing), gpu_check.row_of(OPS[0], SMALL)
+    gpu_check.attempt(gpu_check.measure, op, SMALL, row, run)
+    assert gpu_report.failures(row) == []
+    assert (row["us_median"], row["us_spread"], row["anchor_us"]["cublas"]) == (20.0, 0.0, 60.0)
+    assert row["anchor_us"]["tinygemm"].startswith("not run")  # a processor has it under another name
+    least = row["bytes"] / 3e12 * 1e6
+    assert row["floor_us"] == pytest.approx(least + 2 * 1.5)
+    assert row["pct_floor"] == pytest.approx(5 * row["floor_us"])
+
+
 def test_a_kernel_that_cannot_run_is_a_failure() -> None:
     row = gpu_check.row_of(OPS[0], SMALL)
     gpu_check.attempt(gpu_check.check, OPS[0], SMALL, row, gpu_check.Run(1, CEILINGS, "cpu"))

@@ -15,7 +15,7 @@ import torch
 from infopt.errors import InfoptError, OutOfResources, Unsupported
 from infopt.grid import Grid
 from infopt.kernels import jit
-from infopt.kernels.cuda import decode
+from infopt.kernels.cuda import decode, dense
 
 from .emulator.cases import BFLOAT, CASES, HALF, Case
 
@@ -127,6 +127,8 @@ def test_what_the_budgets_leave_out_compiles_too(case, compiler, tmp_path) -> No
     binary = jit.compiled(decode.source(case.variant), 90, tmp_path, compiler)
     assert binary.cubin[:4] == b"\x7fELF"
     assert resources(binary.log)[1] <= (SPILLED_ONCE if case.tokens > 16 else 0)
+    written_out = jit.compiled(dense.source(case.variant), 90, tmp_path, compiler)
+    assert resources(written_out.log)[1] == 0
 
 
 # --- on disk ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ MOST_TOKENS = 32
 WARPS = 8
 _BLOCKS_PER_PROCESSOR = 2  # as many as fit, whatever the number of tokens
 _LEAST_CHUNKS = 2  # of a block: below, adding up the parts costs more than it saves
-_HEADERS = ("device.cuh", "unpack.cuh", "decode.cuh")
 _ENTRY = """#include "device.cuh"
 #include "decode.cuh"
 extern "C" __global__ void __launch_bounds__(THREADS, {blocks}) kernel(const Decode d) {{ decode<{variant}>(d); }}
@@ -46,10 +45,19 @@ def variant(packed: Packed, dtype: torch.dtype, tokens: int) -> str:
     return f"Variant<{', '.join([packed.codes, FLOATS[dtype], FLOATS[packed.scale_dtype], *flags])}>"
 
 
-def source(variant: str) -> jit.Source:
+def headers(*names: str) -> tuple[tuple[str, str], ...]:
     folder = resources.files("infopt.kernels.cuda")
-    headers = tuple((name, (folder / name).read_text()) for name in _HEADERS)
-    return jit.Source(_ENTRY.format(variant=variant, blocks=_BLOCKS_PER_PROCESSOR), headers)
+    return tuple((name, (folder / name).read_text()) for name in names)
+
+
+def source(variant: str) -> jit.Source:
+    text = _ENTRY.format(variant=variant, blocks=_BLOCKS_PER_PROCESSOR)
+    return jit.Source(text, headers("device.cuh", "unpack.cuh", "decode.cuh"))
+
+
+def architecture(device: int) -> int:
+    """What to compile for, for torch's CUDA device of this number."""
+    return jit.supported(torch.cuda.get_device_capability(device), jit.nvrtc().architectures)
 
 
 def blocks(packed: Packed, processors: int) -> int:
@@ -98,5 +106,4 @@ def _aligned(x: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(variant: str, device: int) -> jit.Kernel:
-    architecture = jit.supported(torch.cuda.get_device_capability(device), jit.nvrtc().architectures)
-    return jit.load(jit.compiled(source(variant), architecture))
+    return jit.load(jit.compiled(source(variant), architecture(device)))

@@ -62,7 +62,7 @@ class Packed:
         numbers = codes_OI.view(FP8).float() if self.codes == "FP8" else codes_OI.float()
         w_OGK = numbers[:rows].view(rows, scale_OG.shape[1], -1)
         w_OI = w_OGK.sub_(zero_OG[..., None]).mul_(scale_OG[..., None]).view(rows, columns).to(dtype)
-        return _ungated(w_OI) if self.gated else w_OI
+        return ungated(w_OI) if self.gated else w_OI
 
 
 def pack(q: QTensor, gated: bool = False) -> Packed | None:
@@ -110,7 +110,8 @@ def _gated(part: Tensor) -> Tensor:
     return part.unflatten(0, (2, -1, TILE // 2)).transpose(0, 1).flatten(0, 2)
 
 
-def _ungated(part: Tensor) -> Tensor:
+def ungated(part: Tensor) -> Tensor:
+    """The opposite of packing the rows of a gate and its factor eight by eight."""
     return part.unflatten(0, (-1, 2, TILE // 2)).transpose(0, 1).flatten(0, 2)
 
 

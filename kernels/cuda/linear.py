@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infopt.kernels import cpu
 from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.dense import dense
 from infopt.kernels.cuda.layout import Packed, pack
 from infopt.qtensor import QTensor
 
@@ -45,7 +46,7 @@ class CudaLinear:
             y_TO = decode.multiply(self.packed, flat_TI, bias_O)
         else:
             bias = None if bias_O is None else bias_O.to(flat_TI.dtype)
-            y_TO = F.linear(flat_TI, self.packed.dequantize(flat_TI.dtype), bias)
+            y_TO = F.linear(flat_TI, dense(self.packed, flat_TI.dtype), bias)
         return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
 
 

@@ -37,6 +37,7 @@ struct uint4 {
 struct float4 {
   float x, y, z, w;
 };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index {
   int x;
