@@ -7,14 +7,13 @@
 // Buffers are registered; a load or store outside of them is a fault. Not modelled: caches and the order in which a
 // warp's stores become visible (a missing fence goes unnoticed), bank conflicts, time.
 #pragma once
+#include <math.h>
 #include <setjmp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -49,29 +48,31 @@ namespace emulator {
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 * 1024;
 
+// All of these begin as zeros.
 struct Fiber {
   jmp_buf state;
-  bool started = false, done = false, waits = false;
+  bool started, done, waits;
 };
 struct Warp {
   u32 a[LANES][4], b[LANES][2];
   float c[LANES][4];
   float (*d[LANES])[4];
-  int arrived = 0;
+  int arrived;
 };
 struct Block {
-  int waiting = 0, left = 0;
-  bool any = false, answer = false;
+  int waiting, left;
+  bool any, answer;
 };
 struct Buffer {
   const char* begin;
   const char* end;
 };
 
-static std::vector<Fiber> fibers;
-static std::vector<Warp> warps;
-static std::vector<Block> blocks;
-static std::vector<Buffer> buffers;
+static Fiber* fibers;
+static Warp* warps;
+static Block* blocks;
+static const Buffer* buffers;
+static int buffer_count;
 static void (*body)(const void* arguments);
 static const void* body_arguments;
 static const char* fault;  // what went wrong first
@@ -93,9 +94,9 @@ inline u32 random_below(u32 limit) {  // xorshift32
 template <typename T>
 bool inside(const T* p) {
   const char* at = (const char*)p;
-  for (const Buffer& b : buffers)
-    if (at >= b.begin && at + sizeof(T) <= b.end) {
-      if ((uintptr_t)at % alignof(T) || (at - b.begin) % sizeof(T)) failed("an unaligned access");
+  for (int i = 0; i < buffer_count; i++)
+    if (at >= buffers[i].begin && at + sizeof(T) <= buffers[i].end) {
+      if ((at - buffers[i].begin) % sizeof(T)) failed("an unaligned access");
       return true;
     }
   failed("an access outside of every buffer");
@@ -156,19 +157,19 @@ inline bool meet(bool mine) {
 // Runs `run` for every thread of every block; nothing, or what went wrong.
 inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)(const void*), const void* arguments) {
   threads = threads_per_block;
-  const int total = grid * threads;
+  const int total = grid * threads, warp_count = total / LANES;
   body = run;
   body_arguments = arguments;
   fault = nullptr;
   state = seed * 2654435761u + 1;
   gridDim.x = grid;
-  fibers.assign(total, Fiber());
-  warps.assign(total / LANES, Warp());
-  blocks.assign(grid, Block());
-  for (Block& b : blocks) b.left = threads;
+  fibers = (Fiber*)calloc(total, sizeof(Fiber));
+  warps = (Warp*)calloc(warp_count, sizeof(Warp));
+  blocks = (Block*)calloc(grid, sizeof(Block));
+  for (int i = 0; i < grid; i++) blocks[i].left = threads;
   char* stacks = (char*)mmap(nullptr, total * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  std::vector<int> order(total / LANES);
-  for (int i = 0; i < (int)order.size(); i++) {
+  int* order = (int*)malloc(warp_count * sizeof(int));
+  for (int i = 0; i < warp_count; i++) {
     const int j = random_below(i + 1);
     order[i] = order[j];
     order[j] = i;
@@ -176,8 +177,8 @@ inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)
   int left = total;
   while (left > 0 && !fault) {
     bool moved = false;
-    for (int w : order) {
-      const int turn = random_below(LANES);
+    for (int at = 0; at < warp_count && !moved; at++) {
+      const int w = order[at], turn = random_below(LANES);
       for (int i = 0; i < LANES; i++) {
         const int thread = w * LANES + (i + turn) % LANES;
         if (fibers[thread].done || fibers[thread].waits) continue;
@@ -190,11 +191,11 @@ inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)
           if (block.left && block.waiting == block.left) failed("a thread returned while others wait at a barrier");
         }
       }
-      if (moved) break;
     }
     if (!moved) failed("a deadlock: every thread waits");
   }
   munmap(stacks, total * STACK);
+  free(fibers), free(warps), free(blocks), free(order);
   return fault;
 }
 
