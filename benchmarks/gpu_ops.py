@@ -9,7 +9,7 @@ Legend: T tokens, I input columns, O output rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from infopt.grid import Grid
 from infopt.kernels.cuda import decode
 from infopt.kernels.cuda.layout import Packed, pack
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.qtensor import QTensor
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -105,14 +106,23 @@ def _activations(problems: list[Problem]) -> int:
     return sum(p.x_TI.nbytes + p.x_TI.itemsize * len(p.x_TI) * p.q.shape[0] for p in problems)
 
 
+def _cloned(packed: Packed) -> Packed:
+    return replace(packed, weight=packed.weight.clone(), scales=packed.scales.clone(), arrived=packed.arrived.clone())
+
+
 def _decode(problems: list[Problem]) -> Call:
     own = []
     for p in problems:
-        parts = {name: getattr(p.packed, name).clone() for name in ("weight", "scales", "arrived")}
-        packed = Packed(**{**vars(p.packed), **parts})
+        packed = _cloned(p.packed)
         out = torch.full((len(p.x_TI), p.q.shape[0]), torch.nan, dtype=p.x_TI.dtype, device=p.x_TI.device)
         own.append((packed, p.x_TI, out))
     return lambda: [decode.multiply(packed, x_TI, out=out) for packed, x_TI, out in own]
+
+
+def _prefill(problems: list[Problem]) -> Call:
+    """As a prompt goes: the weight written out, then torch's product. Its memory is torch's own and cannot be NaN before."""
+    own = [(CudaLinear(_cloned(p.packed)), p.x_TI) for p in problems]
+    return lambda: [linear(x_TI) for linear, x_TI in own]
 
 
 def _cublas(problems: list[Problem]) -> Call:
@@ -134,6 +144,7 @@ def _tinygemm(problems: list[Problem]) -> Call:
 
 
 OURS = Contender("infopt", _decode, lambda ps: sum(p.packed.nbytes for p in ps) + _activations(ps))
+PREFILL = Contender("infopt", _prefill, OURS.nbytes)
 CUBLAS = Contender("cublas", _cublas, lambda ps: sum(2 * p.q.codes.numel() for p in ps) + _activations(ps))
 TINYGEMM = Contender(
     "tinygemm", _tinygemm, lambda ps: sum(p.q.codes.numel() // 2 + 4 * p.q.scale.numel() for p in ps) + _activations(ps)
@@ -149,16 +160,16 @@ LAYERS = {
     "8B o": (OUT,),
     "8192x8192": ((8192, 8192),),
 }
-_DECODE_SOURCES = tuple(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode"))
+_SOURCES = tuple(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode", "dequantize"))
 
 
 def _linear(
     name: str, grid: Grid, dtype: torch.dtype, labels: tuple[str, ...], tokens: tuple[int, ...],
-    anchors: tuple[Contender, ...],
+    anchors: tuple[Contender, ...], ours: Contender = OURS,
 ) -> Op:  # fmt: skip
     return Op(
-        name, _DECODE_SOURCES, tuple(Case(label, t, LAYERS[label]) for t in tokens for label in labels), dtype,
-        _problems(grid, dtype), _reference, OURS, anchors,
+        name, _SOURCES, tuple(Case(label, t, LAYERS[label]) for t in tokens for label in labels), dtype,
+        _problems(grid, dtype), _reference, ours, anchors,
         lambda case: sum(2 * case.tokens * rows * columns for rows, columns in case.sizes),
         lambda case: len(case.sizes),
     )  # fmt: skip
@@ -170,5 +181,6 @@ OPS = (
     _linear("w4a16-g64-zeros-fp16", Grid(4, 64, False, HALF), HALF, _LARGE, (1, 16), (CUBLAS,)),
     _linear("w8a16-channel", Grid(8, None, True, BFLOAT), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
     _linear("fp8a16-channel", Grid(8, None, True, BFLOAT, kind="float"), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
+    _linear("w4a16-g128-prefill", Grid(4, 128, True, BFLOAT), BFLOAT, _LARGE[:2], (2048, 256), (CUBLAS,), PREFILL),
     _linear("w4a16-g32-zeros", Grid(4, 32, False, BFLOAT), BFLOAT, ("8B down",), (1, 16, 32), (CUBLAS, TINYGEMM)),
 )
