@@ -13,7 +13,7 @@ DEMO_MODEL  := $(DEMO)/SmolLM2-135M-Instruct
 DEMO_OUT    := $(DEMO)/SmolLM2-135M-Instruct-W4A16
 DEMO_FLAGS  := --method awq --bits 4 --group-size 64 --num-samples 16 --seqlen 512 --verify-samples 4
 
-.PHONY: help install demo test test-slow check static format bench clean
+.PHONY: help install demo test test-slow check static format bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -60,6 +60,10 @@ format: $(STAMP) ## format and fix what ruff can fix
 
 bench: $(STAMP) ## run the benchmarks that need nothing from outside
 	$(BIN)/python benchmarks/memory.py
+
+# Needs a GPU and torch for it, nothing else: without .venv the system's python runs it from the checkout.
+gpu-check: ## check and time every kernel on this machine's NVIDIA GPU (9 minutes at most)
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py
 
 clean: ## remove what make has made, the demo's models and .venv
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,9 @@ def linear(x_TI: Tensor, q: QTensor, bias_O: Tensor | None = None) -> Tensor:
 def quantize(x_TC: Tensor, inputs: Inputs, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(codes [T, C] int8 or E4M3, scale fp32 [T, G], or the one that was given) of what a layer reads."""
     values, scale = inputs.encode(x_TC, scale)
-    codes_TC = values.view_as(x_TC).to(FP8 if inputs.kind == "float" else torch.int8)
+    if inputs.group is not None:
+        values = values.flatten(-2)[..., : x_TC.shape[-1]]
+    codes_TC = values.to(FP8 if inputs.kind == "float" else torch.int8)
     return codes_TC, scale.flatten(-2) if inputs.group is not None and inputs.dynamic else scale
 
 

@@ -122,12 +122,11 @@ def test_what_is_written_can_be_read() -> None:
 
 
 def test_a_weight_on_a_gpu_gets_a_kernel_for_gpus() -> None:
-    """As far as that can be seen without one: something that says that it lies there."""
-    codes = SimpleNamespace(device=torch.device("cuda"))
-    there: Any = SimpleNamespace(codes=codes, grid=Grid(4, 32), dequantize=lambda _: torch.eye(2))
-    found = kernels.prepare(there)
+    """As far as that can be seen without one: what no CUDA C++ kernel reads is Triton's."""
+    codes, grid = SimpleNamespace(device=torch.device("cuda")), Grid(4, 32, inputs=Inputs("int"))
+    there: Any = SimpleNamespace(codes=codes, shape=(2, 2), grid=grid, dequantize=lambda _: torch.eye(2), input_scale=None)
+    found = kernels.prepare(there, "packed")
     assert found.multiply.__module__ == "infopt.kernels.triton.linear"
-    assert torch.equal(found(torch.ones(1, 2)), torch.ones(1, 2))
 
 
 def test_without_triton_a_gpu_is_refused_and_everything_else_works() -> None:
@@ -141,7 +140,9 @@ from infopt.errors import Unsupported
 assert "infopt.kernels.triton" not in sys.modules
 print(torch.ops.infopt.gated(torch.ones(1, 4), "silu")[0].shape)
 try:
-    infopt.kernels.prepare(SimpleNamespace(codes=SimpleNamespace(device=torch.device("cuda"))))
+    grid = SimpleNamespace(inputs=True)
+    there = SimpleNamespace(codes=SimpleNamespace(device=torch.device("cuda")), shape=(2, 2), grid=grid)
+    infopt.kernels.prepare(there, "packed")
 except Unsupported as error:
     print(error)
 """

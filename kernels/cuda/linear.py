@@ -1,0 +1,54 @@
+"""Quantized linears on a GPU: a weight is packed once, then used for every token.
+
+`packed` keeps the weight in its 4 or 8 bits: up to 32 tokens by the decode kernel, more (a prompt) by the weight written
+out in the activations' type for that product and torch's matrix multiplication.
+
+Legend: T tokens (any leading dimensions), I input columns, O output channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.dense import dense
+from infopt.kernels.cuda.layout import Packed, pack
+from infopt.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class CudaLinear:
+    """A weight ready for use. fp16 and bf16 activations are multiplied as they are, others rounded to bf16."""
+
+    packed: Packed
+
+    @classmethod
+    def of(cls, q: QTensor) -> CudaLinear | None:
+        """The weight packed on its own GPU; None for what the kernel does not read."""
+        packed = pack(q)
+        return None if packed is None else cls(packed)
+
+    @property
+    def kernel(self) -> str:
+        return f"cuda-{self.packed.codes.lower()}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight as it is kept, which is what a token reads."""
+        return self.packed.nbytes
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """y [..., O] in the dtype of x [..., I]; the bias is added before y is rounded."""
+        flat_TI = x_TI.reshape(-1, x_TI.shape[-1])
+        if flat_TI.dtype not in (torch.float16, torch.bfloat16):
+            flat_TI = flat_TI.to(torch.bfloat16)
+        if len(flat_TI) <= decode.MOST_TOKENS:
+            y_TO = decode.multiply(self.packed, flat_TI, bias_O)
+        else:
+            bias = None if bias_O is None else bias_O.to(flat_TI.dtype)
+            y_TO = F.linear(flat_TI, dense(self.packed, flat_TI.dtype), bias)
+        return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])

@@ -1,0 +1,134 @@
+"""The CUDA C++ kernels, run without a GPU: the very source that NVRTC gets, compiled by g++ for `tests/emulator/machine.h`.
+
+The mutations at the end plant a bug each and ask the same comparison to see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt.grid import Grid
+from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.layout import ungated
+
+from .emulator.build import COMPILER, SOURCES, Emulator, Fault
+from .emulator.cases import BFLOAT, CASES, HALF, Case
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++: the CUDA kernels were not emulated")
+
+SEEDS = (0, 1, 2)
+#: The same weight and the same blocks for one token and for many, in all three sizes of the kernel.
+BATCHES = tuple(Case(tokens, 256, 384, Grid(4, 64, False, HALF), HALF, 5) for tokens in (1, 8, 13, 32))
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory) -> Emulator:
+    variants = sorted({case.variant for case in CASES + BATCHES})
+    dense = sorted({decode.variant(case.packed(), case.dtype, 1) for case in CASES})
+    return Emulator.build(variants, tmp_path_factory.mktemp("emulator"), dense=dense)
+
+
+def run(emulator: Emulator, case: Case, seed: int) -> torch.Tensor:
+    x, bias = case.inputs()
+    packed = case.packed()
+    y = emulator.multiply(packed, x, case.kernel_bias(bias), blocks=case.blocks, seed=seed)
+    if packed.arrived.any():
+        raise Fault("the counters are not zero again")
+    return y
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_agree_with_the_reference_in_any_order_of_threads(emulator, case) -> None:
+    results = [run(emulator, case, seed) for seed in SEEDS]
+    assert case.agrees(results[0], case.want(*case.inputs()))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_a_token_gets_the_same_bits_alone_and_in_a_batch(emulator) -> None:
+    packed, (x_TI, _) = BATCHES[-1].packed(), BATCHES[-1].inputs()
+    together = emulator.multiply(packed, x_TI, blocks=5)
+    for tokens in (1, 8, 13):
+        assert torch.equal(emulator.multiply(packed, x_TI[:tokens], blocks=5), together[:tokens])
+    assert torch.equal(emulator.multiply(packed, x_TI[20:21], blocks=5), together[20:21])
+
+
+def test_a_weight_can_be_used_again_and_with_other_blocks(emulator) -> None:
+    case = CASES[2]
+    packed, (x_TI, bias) = case.packed(), case.inputs()
+    first = emulator.multiply(packed, x_TI, bias, blocks=5)
+    assert torch.equal(emulator.multiply(packed, x_TI, bias, blocks=5, seed=7), first)
+    for blocks in (1, 2, 7, 12):
+        assert case.agrees(emulator.multiply(packed, x_TI, bias, blocks=blocks), case.want(x_TI, bias))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_weight_written_out_has_the_bits_that_torch_gives_it(emulator, case) -> None:
+    packed = case.packed()
+    w_OI = emulator.dense(packed, case.dtype)
+    assert torch.equal(ungated(w_OI) if packed.gated else w_OI, case.weight.dequantize(case.dtype))
+
+
+def test_the_emulator_sees_what_leaves_its_buffers(emulator) -> None:
+    case = CASES[0]
+    packed, (x_TI, _) = case.packed(), case.inputs()
+    short = replace(packed, weight=packed.weight[:-1].clone())
+    with pytest.raises(Fault, match="outside"):
+        emulator.multiply(short, x_TI)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    before: str
+    after: str
+    case: Case
+
+
+SPLIT = Case(5, 160, 512, Grid(4, 128, False, HALF), HALF, 3)
+PLAIN = Case(9, 128, 256, Grid(4, 64, True, BFLOAT), HALF, 1)
+MUTATIONS = (
+    Mutation("a barrier removed", "decode.cuh", "      block_barrier();\n", "", SPLIT),
+    Mutation("threads that do not wait", "decode.cuh", "!block_any(complete)", "!complete", SPLIT),
+    Mutation("the first to arrive adds up", "decode.cuh", "== (u32)(last - first)", "== 0", SPLIT),
+    Mutation("counters that stay", "decode.cuh", "d.arrived + s.row, last - first)", "d.arrived + s.row, 99)", SPLIT),
+    Mutation("a part left out", "decode.cuh", "int block = first; block <=", "int block = first; block <", SPLIT),
+    Mutation("a part in another's place", "decode.cuh", "* 2 + second) * WARPS", "* 2) * WARPS", SPLIT),
+    Mutation("a range that forgets its last unit", "decode.cuh", "at + i >= s.to", "at + i >= s.to - 1", PLAIN),
+    Mutation("a range one unit short", "decode.cuh", "first_unit(block + 1, blocks, units);",
+             "first_unit(block + 1, blocks, units) - (block == 0);", SPLIT),
+    Mutation("a ring that runs ahead of the weight", "decode.cuh", "at + ahead < s.to", "at + ahead <= s.to + 8", PLAIN),
+    Mutation("the wrong part of x", "decode.cuh", "{j % 2 ? tokens[n].z : tokens[n].x, j",
+             "{j % 2 ? tokens[n].x : tokens[n].z, j", PLAIN),
+    Mutation("tokens that are not there", "decode.cuh", "(token < d.tokens ? token : d.tokens - 1)", "token", PLAIN),
+    Mutation("the wrong half of a weight's word", "unpack.cuh", "above = q >> 8", "above = q >> 4", PLAIN),
+    Mutation("the zero point of another row", "unpack.cuh", "mask_or(q, 0x00f000f0u, 0x64006400u), 0x2c002c00u, lower.high",
+             "mask_or(q, 0x00f000f0u, 0x64006400u), 0x2c002c00u, upper.high", SPLIT),
+    Mutation("scales of swapped rows", "decode.cuh", "up = Scales<V>::upper(entry)", "up = Scales<V>::lower(entry)", PLAIN),
+    Mutation("a neighbour's zero point", "decode.cuh", "V::ZEROS ? entry[1] >> 16", "V::ZEROS ? entry[0] >> 16", SPLIT),
+    Mutation("scales of the next group", "decode.cuh", "ahead * (8 * WORDS)", "(ahead - 1) * (8 * WORDS)",
+             replace(PLAIN, columns=1024)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_planted_bug_is_found(mutation, tmp_path: Path) -> None:
+    for path in SOURCES.glob("*.cuh"):
+        text = path.read_text()
+        if path.name == mutation.file:
+            assert text.count(mutation.before) == 1, f"{mutation.before!r} is not in {path.name}, or more than once"
+            text = text.replace(mutation.before, mutation.after)
+        (tmp_path / path.name).write_text(text)
+    broken = Emulator.build([mutation.case.variant], tmp_path, tmp_path)
+    want = mutation.case.want(*mutation.case.inputs())
+    verdicts = []
+    for seed in SEEDS:
+        try:
+            verdicts.append(mutation.case.agrees(run(broken, mutation.case, seed), want))
+        except Fault:
+            verdicts.append(False)
+    assert not all(verdicts)
