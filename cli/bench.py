@@ -67,6 +67,9 @@ def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
         ("cache", lambda s: megabytes(s.cache_bytes)),
         ("peak memory", lambda s: megabytes(s.peak_memory)),
         ("time to load, s", lambda s: f"{s.load_time:.1f}"),
+        ("kernels", lambda s: ", ".join(f"{name} x {count}" for name, count in s.kernels.items()) or "torch, fp32"),
+        ("C++", lambda s: s.compiled or "none"),
         ("fused blocks", lambda s: f"{s.fused_blocks} of {s.blocks}"),
+        ("blocks in C++", lambda s: f"{s.compiled_blocks} of {s.blocks}"),
     ]
     return [(name, *(say(speed) for speed in speeds)) for name, say in shown]

@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # torch is imported when a kernel is asked for, so that this 
 __all__ = ["prepare"]
 
 
-def prepare(q: QTensor, precision: Literal["exact", "packed"] = "exact") -> PreparedLinear:
-    """A callable linear for the quantized weight `q`, on the device where its codes are."""
+def prepare(q: QTensor, precision: Literal["exact", "packed"] = "exact", compiled: bool = True) -> PreparedLinear:
+    """A callable linear for the quantized weight `q`, on the device where its codes are. compiled: C++ may be used."""
     from infopt.kernels import cpu
 
     device = q.codes.device.type
     if device != "cpu":
         raise Unsupported(f"A quantized weight lies on the device {device!r}.", "Kernels exist for the processor only.")
-    return cpu.prepare(q, precision)
+    return cpu.prepare(q, precision, compiled)

@@ -23,6 +23,7 @@ import torch
 
 from infopt.errors import UsageError
 from infopt.kernels.cpu import Precision
+from infopt.kernels.native import native
 from infopt.runtime.engine import CHUNK, Engine, KVCache
 from infopt.runtime.paged import Request
 
@@ -33,7 +34,8 @@ _READ = 256 * 2**20  # bytes of the bandwidth test: beyond any cache
 
 @dataclass(frozen=True)
 class Speed:
-    """One model's figures. Times in seconds, sizes in bytes; decode is of all texts together."""
+    """One model's figures. Times in seconds, sizes in bytes; decode is of all texts together. kernels: what multiplies, and
+    how many weights; compiled: for what and by whom the C++ was, None where it is not used."""
 
     model: str
     precision: str
@@ -53,7 +55,10 @@ class Speed:
     cache_bytes: int
     peak_memory: int
     share_of_bandwidth: float
+    kernels: dict[str, int]
+    compiled: str | None
     fused_blocks: int
+    compiled_blocks: int
     blocks: int
 
     def to_json(self) -> dict[str, Any]:
@@ -121,9 +126,17 @@ def measure(
         cache_bytes=pages.nbytes,
         peak_memory=peak(),
         share_of_bandwidth=(read + cached) / step / bandwidth,
+        kernels=engine.kernels,
+        compiled=_compiled() if precision == "packed" else None,
         fused_blocks=len(engine.fused),
+        compiled_blocks=len(engine.decoder.blocks) if engine.decoder is not None else 0,
         blocks=len(engine.kinds),
     )
+
+
+def _compiled() -> str | None:
+    library = native()
+    return None if library is None else f"{library.target}, {library.compiler}"
 
 
 def read_bandwidth() -> float:
