@@ -1,16 +1,19 @@
-"""One new token of each text through a whole model in one call of C++, where that is proven to give the same answer.
+"""New tokens through all blocks of a model in one call of C++, where that is proven to give the same answer.
 
 A step at batch 1 of a small model costs transformers about as much between the blocks as the blocks need. Where every block is
 a `FusedBlock` with packed weights of the C++ (`kernels/native.py`) and the cache holds floats, a step is
 
     norm(blocks(embedding(token))) -> head
 
-with transformers' own embedding, rotary angles and head. Two proofs, on a few tokens, before it is used. That nothing else
+with transformers' own embedding, rotary angles and head. No sum in it depends on which other tokens are computed, or how
+many: a text's tokens have the same bits alone, among others, and however its prompt was cut.
+
+Two proofs, on a few tokens, before it is used. That nothing else
 happens between the parts: the parts in this order answer as transformers' forward does, bit for bit or nearly. That the C++
 computes what its block does: both get the same hidden states and must give the same ones but for the last bits of fp32, some
 of which move a rounded activation by one step.
 
-Legend: B texts, C width, D channels of a head.
+Legend: B texts, Q new tokens of each, C width, D channels of a head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ from infopt.runtime.paged import LayerKind, PagedCache, Step
 
 OUTER, INNER = 1e-4, 1e-2  # tolerances of the two proofs, relative
 TOKENS = 3
+PIECE = (
+    64  # tokens of one call: more do not make a product faster, and what attention keeps for each grows with the text
+)
+ONE = range(1)
 _ALL = slice(None)
 _ACTS = {0: nn.functional.silu, 1: lambda x: nn.functional.gelu(x, approximate="tanh")}
 
@@ -44,28 +51,43 @@ class Decoder:
         structs = [_struct(block, self._windows.index(kind.window)) for block, kind in zip(blocks, kinds, strict=True)]
         self._structs = (BlockStruct * len(structs))(*structs)
 
-    def __call__(self, ids_B1: Tensor, step: Step) -> Tensor:
+    def __call__(self, ids_BQ: Tensor, step: Step) -> Tensor:
         """logits [B, V] of what follows these tokens, which are stored."""
-        hidden_B1C, angles = self.start(ids_B1, step)
-        self.run(hidden_B1C, *angles, step)
-        return self._head()(self._norm(hidden_B1C))[:, 0]
+        hidden_BQC = torch.empty(0)
+        for tokens in torch.arange(ids_BQ.shape[1]).split(max(1, PIECE // len(ids_BQ))):
+            some = range(int(tokens[0]), int(tokens[-1]) + 1)
+            hidden_BQC, angles = self.start(ids_BQ[:, some.start : some.stop], step, some)
+            self.run(hidden_BQC, *angles, step, some)
+        return self._head()(self._norm(hidden_BQC[:, -1:]))[:, 0]
 
-    def start(self, ids_B1: Tensor, step: Step) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What enters the first block, and the angles."""
-        hidden_B1C = self._embed()(ids_B1).float().contiguous()
-        cos_B1D, sin_B1D = self._rotary(hidden_B1C, step.positions())
-        return hidden_B1C, (cos_B1D.contiguous(), sin_B1D.contiguous())
+    def start(self, ids_BQ: Tensor, step: Step, tokens: range = ONE) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What enters the first block, and the angles; tokens: which of the step's."""
+        hidden_BQC = self._embed()(ids_BQ).float().contiguous()
+        cos_BQD, sin_BQD = self._rotary(hidden_BQC, step.positions()[:, tokens.start : tokens.stop])
+        return hidden_BQC, (
+            cos_BQD.expand(len(ids_BQ), -1, -1).contiguous(),
+            sin_BQD.expand(len(ids_BQ), -1, -1).contiguous(),
+        )
 
-    def run(self, hidden_B1C: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, step: Step, layers: slice = _ALL) -> None:
+    def run(
+        self,
+        hidden_BQC: Tensor,
+        cos_BQD: Tensor,
+        sin_BQD: Tensor,
+        step: Step,
+        tokens: range = ONE,
+        layers: slice = _ALL,
+    ) -> None:
         """The hidden states after these blocks, in place."""
         some = list(zip(self.blocks, step.cache.stores, strict=True))[layers]
         stores = [store.floats(block.heads[1], block.width) for block, store in some]
         pages = (PagesStruct * len(some))(*((k.data_ptr(), v.data_ptr()) for k, v in stores))
-        places = [place for window in self._windows for place in step.places(window)]
+        places = [place for window in self._windows for place in step.places(window, tokens)]
         texts = (TextStruct * len(places))(*places)
         first = ctypes.byref(self._structs, (layers.start or 0) * ctypes.sizeof(BlockStruct))
-        pointers = (cos_B1D.data_ptr(), sin_B1D.data_ptr(), hidden_B1C.data_ptr())
-        self._library("infopt_blocks", first, len(some), pages, texts, len(step.requests), *pointers)
+        pointers = (cos_BQD.data_ptr(), sin_BQD.data_ptr(), hidden_BQC.data_ptr())
+        count = len(step.requests) * len(tokens)
+        self._library("infopt_blocks", first, len(some), pages, texts, count, *pointers)
 
     def plain(self, ids_B1: Tensor, step: Step) -> Tensor:
         """The same in the blocks' own way, for the proofs."""
@@ -130,7 +152,7 @@ def _blocks_agree(decoder: Decoder, ids_B1: Tensor, step: Step) -> bool:
     hidden_B1C, angles = decoder.start(ids_B1, step)
     for i, block in enumerate(decoder.blocks):
         found_B1C = hidden_B1C.clone()
-        decoder.run(found_B1C, *angles, step, slice(i, i + 1))
+        decoder.run(found_B1C, *angles, step, layers=slice(i, i + 1))
         hidden_B1C = block(hidden_B1C, position_embeddings=angles, past_key_values=step)
         if not near(found_B1C, hidden_B1C, INNER):
             return False

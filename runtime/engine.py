@@ -158,7 +158,7 @@ class Engine:
         if self._head is not None:
             self._head.fine = fine
         step = Step(cache, requests, ids_BQ.shape[1])
-        if self.decoder is not None and step.count == 1:
+        if self.decoder is not None:
             logits_BV = self.decoder(ids_BQ, step)
         else:
             logits_BV = self._forward(ids_BQ, step)[:, -1].float()

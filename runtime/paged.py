@@ -308,12 +308,13 @@ class Step(Cache):
         for where in plan.reads:
             yield store.read(where, "k").transpose(0, 1)[None], store.read(where, "v").transpose(0, 1)[None]
 
-    def places(self, window: int | None) -> Iterator[tuple[int, int, int, int]]:
-        """For the layers with this window and each request: its table's address and length, the first token that the next one
-        sees, and the place of that."""
+    def places(self, window: int | None, tokens: range) -> Iterator[tuple[int, int, int, int]]:
+        """For the layers with this window, each request and these of its new tokens: its table's address and length, the first
+        token that this one sees, and its own place."""
         for request in self.requests:
-            first = 0 if window is None else max(0, request.length - window + 1)
-            yield request.tables[window].data_ptr(), len(request.tables[window]), first, request.length
+            address, pages = request.tables[window].data_ptr(), len(request.tables[window])
+            for place in range(request.length + tokens.start, request.length + tokens.stop):
+                yield address, pages, 0 if window is None else max(0, place - window + 1), place
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.past

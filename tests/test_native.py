@@ -133,7 +133,7 @@ def blocks_differ(engine: Engine, library: Native) -> list[float]:
         hidden_B1C[1] *= 1e-3  # where eps counts
         for i, block in enumerate(blocks):
             found_B1C = hidden_B1C.clone()
-            decoder.run(found_B1C, *angles, step, slice(i, i + 1))
+            decoder.run(found_B1C, *angles, step, layers=slice(i, i + 1))
             wanted_B1C = block(hidden_B1C, position_embeddings=angles, past_key_values=step)
             found.append(
                 ((found_B1C - wanted_B1C) / (wanted_B1C - hidden_B1C).norm(dim=-1, keepdim=True)).norm().item()
@@ -184,10 +184,10 @@ FAULTS = {
     "another token's scale": ("linear.h", "n % N * blocks + b", "b"),
     "the bias of another tile": ("linear.h", "(n < N ? t : other) * ROWS", "t * ROWS"),
     "half of the angles": ("block.cpp", "x[high] = b * cosine[high] + a * sine[high];", "x[high] = b * cosine[high];"),
-    "a position too few": ("block.cpp", "text.position - from + 1;", "text.position - from;"),
+    "a position too few": ("block.cpp", "seen_to = int(high - low);", "seen_to = int(high - low) - 1;"),
     "parts as they are": ("block.cpp", "std::exp(part[0] - most)", "1.0f"),
     "queries of another group": ("block.cpp", "head * group) * width;", "head) * width;"),
-    "always the same page": ("block.cpp", "page = page + 1 == text.pages ? 0 : page + 1;", ";"),
+    "always the same page": ("block.cpp", "text.table[position / PAGE % text.pages]", "text.table[0]"),
     "no eps": ("block.cpp", "/ count + eps", "/ count"),
     "no residual": ("block.cpp", "block.down, s.x, count, hidden, true", "block.down, s.x, count, hidden, false"),
     "up for gate": ("block.cpp", "activate(y[i], block.act) * y[n + i]", "activate(y[n + i], block.act) * y[i]"),

@@ -1,4 +1,4 @@
-// Whole decoder blocks for one new token of each text, on a processor, and what Python calls.
+// Whole decoder blocks for new tokens of some texts, on a processor, and what Python calls.
 //
 // `kernels/native.py` compiles this file and describes its structs to ctypes; `runtime/block.py` says what a block computes and
 // proves it. All blocks of a model are one call, in which threads wait for each other ten times a block.
@@ -19,9 +19,9 @@ struct Block {
     int32_t kind;                       // which of a text's page tables it uses
 };
 
-struct Text {  // where one text's keys and values are, for the layers of one kind
+struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
     const int64_t* table;  // pages, used as a ring
-    int64_t pages, first, position;  // the first token that is seen, and the new one
+    int64_t pages, first, position;  // the first token that it sees, and its own place
 };
 
 struct Pages {
@@ -69,14 +69,15 @@ void rotate(float* x, const float* cosine, const float* sine, int width) {
     }
 }
 
-// Attention of one text's new token: parts of 64 positions, each with its own maximum, put together at the end
+// Attention of one token: parts of 64 positions, each with its own maximum, put together at the end. Which parts there are
+// depends on the token's position alone, so its bits do not depend on what else is computed.
 
 struct Scratch {
     Rounded x;
     float *normed, *qkv, *attended, *gated, *parts;
 };
 
-int parts_of(const Text& text) { return int((text.position - text.first) / PART) + 1; }
+int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
 
 // The sums of eight vectors, in one
 inline Floats sums(const Floats* x) {
@@ -96,48 +97,57 @@ inline float most_of(Floats x) {
     return most;
 }
 
-// N vectors of the weighted sum of values
-template <int N> void weigh(const float* const* rows, const float* p, int count, int d, float* y) {
+// N vectors of the weighted sum of values; rows: the first of each eight
+template <int N> void weigh(const float* const* rows, size_t stride, const float* p, int eights, int d, float* y) {
     Floats totals[N] = {};
-    for (int i = 0; i < count; ++i)
-        UNROLLED for (int n = 0; n < N; ++n) totals[n] += p[i] * load<Floats>(rows[i] + d + 8 * n);
+    for (int i = 0; i < eights; ++i)
+        for (int j = 0; j < 8; ++j)
+            UNROLLED for (int n = 0; n < N; ++n) totals[n] += p[8 * i + j] * load<Floats>(rows[i] + j * stride + d + 8 * n);
     UNROLLED for (int n = 0; n < N; ++n) store(y + d + 8 * n, totals[n]);
 }
 
-// For the queries of one group and a part of the text: [largest score, sum of weights, weighted sum of values] of each
-void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int part, float* out) {
-    const float *k_rows[PART], *v_rows[PART];
-    const int64_t from = text.first + int64_t(part) * PART, left = text.position - from + 1;
-    const int count = left < PART ? int(left) : PART, width = block.width, group = block.queries / block.keys;
-    int64_t page = from / PAGE % text.pages;
-    for (int i = 0; i < PART; ++i) {  // beyond the end: the last one again, with no weight
-        const int64_t slot = text.table[page] * PAGE + (from + i) % PAGE;
-        k_rows[i] = i < count ? pages.k + (slot * block.keys + head) * width : k_rows[i - 1];
-        v_rows[i] = pages.v + (slot * block.keys + head) * width;
-        if (i < count - 1 && (from + i + 1) % PAGE == 0) page = page + 1 == text.pages ? 0 : page + 1;
+// For the queries of one group and a part of the text: [largest score, sum of weights, weighted sum of values] of each.
+// Eight positions lie in one page; those before the first or after the last are read with them and count nothing.
+void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int64_t part, float* out) {
+    const float *k_rows[PART / 8], *v_rows[PART / 8];
+    const int64_t from = part * PART, low = text.first > from ? text.first / 8 * 8 : from;
+    const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
+    const int eights = int((high - low) / 8) + 1, width = block.width, group = block.queries / block.keys;
+    const size_t stride = size_t(block.keys) * width;
+    for (int i = 0; i < eights; ++i) {
+        const int64_t position = low + 8 * i;
+        const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+        k_rows[i] = pages.k + slot * stride + head * width;
+        v_rows[i] = pages.v + slot * stride + head * width;
     }
+    const int seen_from = int(text.first - low), seen_to = int(high - low);
     for (int g = 0; g < group; ++g, q += width, out += width + 2) {
         float p[PART];
         Floats most = Floats{} - INFINITY, total = {};
-        for (int i = 0; i < count; i += 8) {
+        for (int i = 0; i < eights; ++i) {
+            const float* k = k_rows[i];
             Floats products[8] = {};
             for (int d = 0; d < width; d += 8) {
                 const Floats q_d = load<Floats>(q + d);
-                UNROLLED for (int j = 0; j < 8; ++j) products[j] += q_d * load<Floats>(k_rows[i + j] + d);
+                UNROLLED for (int j = 0; j < 8; ++j) products[j] += q_d * load<Floats>(k + j * stride + d);
             }
-            const Floats scores = sums(products) * block.scaling;
-            store(p + i, scores);
+            const Ints place = Ints{0, 1, 2, 3, 4, 5, 6, 7} + 8 * i;
+            Floats scores = sums(products) * block.scaling;
+            scores = place < seen_from ? Floats{} - INFINITY : scores;
+            scores = place > seen_to ? Floats{} - INFINITY : scores;
+            store(p + 8 * i, scores);
             most = scores > most ? scores : most;
         }
         const float highest = most_of(most);
-        for (int i = 0; i < count; i += 8) {
-            const Floats weights = exp8(load<Floats>(p + i) - highest);
-            store(p + i, weights);
-            total += (Ints{0, 1, 2, 3, 4, 5, 6, 7} + i) < count ? weights : Floats{};
+        for (int i = 0; i < eights; ++i) {
+            const Floats scores = load<Floats>(p + 8 * i);
+            const Floats weights = scores == -INFINITY ? Floats{} : exp8(scores - highest);
+            store(p + 8 * i, weights);
+            total += weights;
         }
         int d = 0;
-        for (; d + 64 <= width; d += 64) weigh<8>(v_rows, p, count, d, out + 2);
-        for (; d < width; d += 8) weigh<1>(v_rows, p, count, d, out + 2);
+        for (; d + 64 <= width; d += 64) weigh<8>(v_rows, stride, p, eights, d, out + 2);
+        for (; d < width; d += 8) weigh<1>(v_rows, stride, p, eights, d, out + 2);
         out[0] = highest, out[1] = sum(total);
     }
 }
@@ -158,14 +168,21 @@ void merge(const float* parts, int count, size_t stride, int width, float* out) 
 void attention(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const Scratch& s) {
     const int width = block.width, group = block.queries / block.keys, heads = block.queries + 2 * block.keys;
     const size_t unit = size_t(group) * (width + 2);
-    size_t units = 0;
-    for (int b = 0; b < count; ++b)
-        for (int part = 0; part < parts_of(texts[b]); ++part)
-            for (int head = 0; head < block.keys; ++head, ++units) {
-                if (int(units % team.count) != team.id) continue;
+    int64_t low = texts[0].first / PART, high = 0, turn = 0;
+    for (int b = 0; b < count; ++b) {
+        low = texts[b].first / PART < low ? texts[b].first / PART : low;
+        high = texts[b].position / PART > high ? texts[b].position / PART : high;
+    }
+    for (int head = 0; head < block.keys; ++head)
+        for (int64_t part = low; part <= high; ++part) {  // its keys stay near for all tokens of the text
+            size_t before = 0;
+            for (int b = 0; b < count; before += size_t(parts_of(texts[b])) * block.keys, ++b) {
+                const int64_t first = texts[b].first / PART;
+                if (part < first || part > texts[b].position / PART || turn++ % team.count != team.id) continue;
                 const float* q = s.qkv + (size_t(b) * heads + head * group) * width;
-                attend(block, texts[b], pages, q, head, part, s.parts + units * unit);
+                attend(block, texts[b], pages, q, head, part, s.parts + (before + (part - first) * block.keys + head) * unit);
             }
+        }
     BARRIER
     const int out = block.queries * width;
     team.share(count, [&](int b) {
@@ -180,7 +197,7 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
     BARRIER
 }
 
-// One block, for one token of each text
+// One block, for some tokens. All write their keys and values before any of them looks
 
 void heads_of(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const float* cosine,
               const float* sine, const Scratch& s) {
