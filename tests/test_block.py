@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -165,5 +166,21 @@ def test_bench_reports_what_it_says(words: Path, tmp_path: Path) -> None:  # noq
     assert said["reference"]["kv_cache"] == "fp32"
     assert said["reference"]["weight_bytes_read_per_step"] > 2 * said["weight_bytes_read_per_step"]
     assert "decode, tokens/s" in done.err
+    assert (
+        said["kernels"] == {"w4a8": 8} and said["compiled"] and said["compiled_blocks"] == 0
+    )  # not with a cache of bytes
+    assert said["reference"]["compiled"] is None and said["reference"]["kernels"] == {}
     assert infopt("bench", folder, "--prompt", 300).code == 2
+    assert infopt("bench", folder, "--plot", tmp_path / "nowhere" / "plot.svg").code == 2
     assert infopt("bench", folder, "--new-tokens", 1).code == 2
+
+
+def test_bench_draws_latency_against_batch_and_context(words: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = quantized("llama", tmp_path, words, "--method", "rtn", max_position_embeddings=512)
+    done = infopt("bench", folder, "--prompt", 8, "--new-tokens", 3, "--plot", tmp_path / "plot.svg", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["compiled_blocks"] == 2
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    lines = root.findall(".//{*}polyline")
+    assert [len(line.get("points", "").split()) for line in lines] == [4, 4, 2, 2, 2, 2]  # by context, then by batch
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["plot.svg"]

@@ -26,7 +26,7 @@ from infopt.runtime.decode import Decoder, find
 from infopt.runtime.engine import Engine
 from infopt.runtime.paged import Step
 
-from .test_engine import prompts, quantized, words  # noqa: F401
+from .test_engine import answers, prompts, quantized, words  # noqa: F401
 from .test_kernels import random_q, relative_error
 
 CPP = Path(kernels.__file__).parent / "cpp"
@@ -171,6 +171,24 @@ def test_the_step_of_cpp_is_used_only_where_it_is_proven(words: Path, tmp_path: 
     width, blocks[1].scaling = blocks[1].scaling, 0.0
     assert look(engine.model, blocks, engine.kinds, library) is not None  # the same fault on both sides
     blocks[1].scaling = width
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_texts_bits_do_not_depend_on_pieces_or_company(family: str, words: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Logits bit for bit, for every way of cutting a prompt, and tokens alone, together and in used pages."""
+    engine = Engine(quantized(family, tmp_path, words, "--method", "rtn", vocab_size=640), "packed")
+    assert engine.decoder is not None
+    (prompt,) = prompts(150)
+    logits = []
+    for chunk in (1, 7, 64, 150):
+        cache = engine.cache(160, chunk=chunk)
+        request = cache.admit(160)
+        assert request is not None
+        logits.append(engine.prefill(cache, request, prompt))
+    assert all(torch.equal(one_V, logits[0]) for one_V in logits)
+    asked = prompts(5, 90, 33)
+    alone = [answers(engine, [one])[0] for one in asked]
+    assert answers(engine, asked, chunk=5) == answers(engine, asked) == answers(engine, asked, at_once=2) == alone
 
 
 # Faults: one line is changed, the library is compiled anew, and the comparison that passes above must fail
