@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -91,7 +92,7 @@ def _library(source: Path, folder: Path, command: list[str]) -> Library | None:
 
 
 #: Functions that torch's libraries bring are looked up when this one is loaded, not when they are called.
-_UNDEFINED = ("-Wl,-undefined,dynamic_lookup",) if os.uname().sysname == "Darwin" else ("-Wl,-z,now",)
+_UNDEFINED = ("-Wl,-undefined,dynamic_lookup",) if platform.system() == "Darwin" else ("-Wl,-z,now",)
 
 
 def _version(about: str) -> str:
