@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +24,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.packed,
     kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An SVG of latency against batch and context.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on stdout.")] = False,
 ) -> None:
     """Tokens per second, time to the first token, memory, and the share of the machine's bandwidth. On the processor.
@@ -32,9 +37,12 @@ def bench(
     import torch
 
     from infopt.checkpoint import resolve
-    from infopt.report import json_out, table
-    from infopt.runtime.bench import Sizes, measure, read_bandwidth
+    from infopt.errors import UsageError
+    from infopt.report import json_out, note, table
+    from infopt.runtime.bench import Sizes, latencies, latency_svg, measure, read_bandwidth
 
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise UsageError(f"--plot {plot}", "There is no such folder.", "Make it, or choose another.")
     bandwidth = read_bandwidth()
     sizes = Sizes(batch, prompt, new_tokens)
     speeds = [measure(resolve(out), bandwidth, sizes, precision.value, kv_cache.value)]
@@ -43,10 +51,30 @@ def bench(
     title = f"batch {batch}, prompt {prompt}, {new_tokens} new tokens; {torch.get_num_threads()} threads, " \
             f"memory read at {bandwidth / 1e9:.1f} GB/s"  # fmt: skip
     table(title, ["measure", *(speed.model for speed in speeds)], rows(speeds))
+    if plot is not None:
+        title = f"{out}, {precision.value}, {torch.get_num_threads()} threads"
+        save(plot, latency_svg(latencies(resolve(out), precision.value, kv_cache.value), title))
+        note(f"wrote {plot}")
     if as_json:
         ours, theirs = speeds[0].to_json(), speeds[1].to_json() if reference is not None else None
         machine = {"threads": torch.get_num_threads(), "bandwidth": bandwidth}
         json_out({**ours, "reference": theirs, "machine": machine})
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    import os
+    import tempfile
+
+    from infopt.errors import UsageError
+
+    try:
+        handle, name = tempfile.mkstemp(dir=path.absolute().parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError as error:
+        raise UsageError(f"--plot {path}", str(error), "Choose another file.") from error
 
 
 def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
@@ -67,6 +95,9 @@ def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
         ("cache", lambda s: megabytes(s.cache_bytes)),
         ("peak memory", lambda s: megabytes(s.peak_memory)),
         ("time to load, s", lambda s: f"{s.load_time:.1f}"),
+        ("kernels", lambda s: ", ".join(f"{name} x {count}" for name, count in s.kernels.items()) or "torch, fp32"),
+        ("C++", lambda s: s.compiled or "none"),
         ("fused blocks", lambda s: f"{s.fused_blocks} of {s.blocks}"),
+        ("blocks in C++", lambda s: f"{s.compiled_blocks} of {s.blocks}"),
     ]
     return [(name, *(say(speed) for speed in speeds)) for name, say in shown]

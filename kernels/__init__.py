@@ -34,18 +34,20 @@ class Linear(Protocol):
         """y [..., O] in the dtype of x [..., I]."""
 
 
-def prepare(q: QTensor, precision: Literal["exact", "packed"] = "exact") -> Linear:
-    """A callable linear for the quantized weight `q`, on the device where its codes are."""
+def prepare(q: QTensor, precision: Literal["exact", "packed"] = "exact", compiled: bool = True) -> Linear:
+    """A callable linear for the quantized weight `q`, on the device where its codes are. compiled: C++ may be used."""
     device = q.codes.device.type
     if device == "cpu" or (device == "cuda" and precision == "exact"):
         from infopt.kernels import cpu
 
-        return cpu.prepare(q, precision)
+        return cpu.prepare(q, precision, compiled)
     if device == "cuda":
         from infopt.kernels.cuda.linear import CudaLinear
 
         return CudaLinear.of(q) or _by_triton(q)
-    raise Unsupported(f"A quantized weight lies on the device {device!r}.", "Kernels exist for processors and CUDA GPUs.")
+    raise Unsupported(
+        f"A quantized weight lies on the device {device!r}.", "Kernels exist for processors and CUDA GPUs."
+    )
 
 
 def _by_triton(q: QTensor) -> Linear:

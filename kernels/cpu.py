@@ -4,18 +4,21 @@ Two precisions, for two purposes:
 
 * `exact`: dequantized once to fp32, then `F.linear`. The arithmetic of the float model, so a comparison with it sees
   the error of the checkpoint and nothing else. The default of `verify` and `eval`.
-* `packed`: the weights stay packed in memory, activations are rounded to bf16. Kernels of torch, each with limits that
-  it does not always check itself, so all of them are checked here; where they do not hold, the answer is `exact`.
+* `packed`: the weights stay packed in memory. Where a C++ compiler is at hand, `native.py` multiplies them with activations
+  rounded to 8 bits, for any number of tokens. Else kernels of torch, with activations in bf16; each has limits that it does not
+  always check itself, so all of them are checked here; where none holds, the answer is `exact`.
 
   | kernel     | grid                           | limits                                                          |
   | ---------- | ------------------------------ | --------------------------------------------------------------- |
+  | `w4a8`     | up to 4 bits, any zero point   | a C++ compiler, I and columns per scale multiples of 32         |
+  | `w8a8`     | 8 bits, any zero point         | the same                                                        |
   | `int4pack` | up to 4 bits, any zero point   | O % 16 == 0, columns per scale in 32, 64, 128, 256              |
   | `int8pack` | 8 bits, symmetric, per channel | I % 16 == 0: without it torch reads out of bounds and can crash |
 
 `int4pack` computes w = (code - 8) * scale + offset, so an integer zero point z is the offset (8 - z) * scale; a code of
 2 or 3 bits is also one of 4. A scale per channel is repeated for pieces of 256 columns or fewer. Both kernels are
 vectorised on AVX2 and AVX-512, and plain (slow) code everywhere else. Activations, scales and offsets are rounded to
-bf16, hence `packed`'s relative error of about 3e-3. Many tokens at once (a prompt) are multiplied by the weight written
+bf16, hence their relative error of about 3e-3. Many tokens at once (a prompt) are multiplied by the weight written
 out in fp32 for that product (`int4_dense.py`), which is faster and more exact. Refused: fp16 and fp32 activations with
 these kernels; torch has only scalar code for them, 30 times slower than dequantizing.
 
@@ -32,7 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infopt.grid import Inputs
 from infopt.kernels.int4_dense import MANY, Int4Dense
+from infopt.kernels.native import ROUNDED, Native, PackedWeight, fits, native
 from infopt.qtensor import QTensor
 
 Precision = Literal["exact", "packed"]
@@ -41,11 +46,13 @@ _INT4_GROUPS = (256, 128, 64, 32)
 
 @dataclass(frozen=True)
 class PreparedLinear:
-    """A weight ready for use. `kernel` says what runs: "fp32", "int4pack" or "int8pack"."""
+    """A weight ready for use. `kernel` says what runs: "fp32", "int4pack", "int8pack", "w4a8" or "w8a8"."""
 
     kernel: str
     multiply: Callable[[Tensor], Tensor]  # [T, I] -> [T, O], both fp32
     nbytes: int  # of the weight as it is kept, which is what a token reads
+    inputs: Inputs | None = None  # how the kernel rounds what it reads, None where it does not (but to bf16)
+    weight: PackedWeight | None = None  # what the C++ reads, where it is the kernel
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """y [..., O] in the dtype of x [..., I]."""
@@ -55,8 +62,11 @@ class PreparedLinear:
         return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
 
 
-def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
-    """The kernel for this weight; `packed` falls back to `exact` outside torch's limits, and `.kernel` tells."""
+def prepare(q: QTensor, precision: Precision = "exact", compiled: bool = True) -> PreparedLinear:
+    """The kernel for this weight; `packed` falls back to `exact` outside the kernels' limits, and `.kernel` tells.
+    compiled: whether the C++ may be used."""
+    if precision == "packed" and compiled and fits(q) and (library := native()) is not None:
+        return _native(q, library)
     if precision == "packed" and q.grid.kind == "int" and q.grid.rows == 1 and q.grid.inputs is None:
         if (group := _int4_group(q)) is not None:
             return _int4pack(q, group)
@@ -64,8 +74,16 @@ def prepare(q: QTensor, precision: Precision = "exact") -> PreparedLinear:
             return _int8pack(q)
     w_OI = q.dequantize(torch.float32)
     if (inputs := q.grid.inputs) is not None:
-        return PreparedLinear("fp32", lambda x_TI: F.linear(inputs.round(x_TI, q.input_scale), w_OI), w_OI.nbytes)
+        return PreparedLinear(
+            "fp32", lambda x_TI: F.linear(inputs.round(x_TI, q.input_scale), w_OI), w_OI.nbytes, inputs
+        )
     return PreparedLinear("fp32", lambda x_TI: F.linear(x_TI.to(torch.float32), w_OI), w_OI.nbytes)
+
+
+def _native(q: QTensor, library: Native) -> PreparedLinear:
+    weight = PackedWeight(library, q)
+    kernel = "w8a8" if q.grid.bits == 8 else "w4a8"
+    return PreparedLinear(kernel, weight.multiply, weight.nbytes, q.grid.inputs or ROUNDED, weight)
 
 
 def _int4_group(q: QTensor) -> int | None:

@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +24,21 @@ import torch
 
 from infopt.errors import UsageError
 from infopt.kernels.cpu import Precision
+from infopt.kernels.native import native
+from infopt.plot import COLORS, Chart, svg
 from infopt.runtime.engine import CHUNK, Engine, KVCache
 from infopt.runtime.paged import Request
 
 _STATUS = Path("/proc/self/status")
 _WARM_UP = 2
+BATCHES, CONTEXTS, _STEPS = (1, 2, 4, 8), (64, 256, 1024, 2048), 5
 _READ = 256 * 2**20  # bytes of the bandwidth test: beyond any cache
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model's figures. Times in seconds, sizes in bytes; decode is of all texts together."""
+    """One model's figures. Times in seconds, sizes in bytes; decode is of all texts together. kernels: what multiplies, and
+    how many weights; compiled: for what and by whom the C++ was, None where it is not used."""
 
     model: str
     precision: str
@@ -53,7 +58,10 @@ class Speed:
     cache_bytes: int
     peak_memory: int
     share_of_bandwidth: float
+    kernels: dict[str, int]
+    compiled: str | None
     fused_blocks: int
+    compiled_blocks: int
     blocks: int
 
     def to_json(self) -> dict[str, Any]:
@@ -121,9 +129,58 @@ def measure(
         cache_bytes=pages.nbytes,
         peak_memory=peak(),
         share_of_bandwidth=(read + cached) / step / bandwidth,
+        kernels=engine.kernels,
+        compiled=_compiled() if precision == "packed" else None,
         fused_blocks=len(engine.fused),
+        compiled_blocks=len(engine.decoder.blocks) if engine.decoder is not None else 0,
         blocks=len(engine.kinds),
     )
+
+
+def latencies(
+    folder: Path, precision: Precision = "exact", cache: KVCache = "stored", batches: Sequence[int] = BATCHES
+) -> dict[tuple[int, int], float]:
+    """Seconds of a decode step by (texts at once, tokens before), for the contexts that the model knows. The texts are zeros
+    in the cache: they take as long to read as any."""
+    engine = Engine(folder, precision, cache)
+    longest = (engine.positions or 2 * CONTEXTS[-1]) - _STEPS
+    found = {}
+    for batch in batches:
+        for context in [context for context in CONTEXTS if context <= longest] or [max(1, longest)]:
+            pages = engine.cache(context + _STEPS, batch)
+            places = [_place(pages.admit(context + _STEPS)) for _ in range(batch)]
+            next_B1, steps = torch.zeros(batch, 1, dtype=torch.int64), []
+            engine.advance(pages, places, next_B1, fine=False)  # which takes the memory
+            for place in places:
+                place.length = context
+            for _ in range(_STEPS):
+                began = time.perf_counter()
+                engine.advance(pages, places, next_B1, fine=False)
+                steps.append(time.perf_counter() - began)
+            found[batch, context] = statistics.median(steps)
+    return found
+
+
+def latency_svg(found: dict[tuple[int, int], float], title: str) -> str:
+    """Two charts: the time of a step against the batch, a line for each context, and the other way round."""
+    charts = []
+    for axis, name, other in ((0, "texts at once", "tokens before"), (1, "tokens before", "texts at once")):
+        lines, dots = [], []
+        for i, fixed in enumerate(sorted({key[1 - axis] for key in found})):
+            line = [(float(key[axis]), 1e3 * time) for key, time in sorted(found.items()) if key[1 - axis] == fixed]
+            color = COLORS[i % len(COLORS)]
+            lines.append((color, line))
+            dots += [(color, f"{y:.1f} ms" if n < len(line) - 1 else f"{y:.1f} ms, {fixed} {other}", (x, y))
+                     for n, (x, y) in enumerate(line)]  # fmt: skip
+        keys = sorted({key[axis] for key in found})
+        above = f"{title}: time of a decode step, ms"
+        charts.append(Chart(lines, dots, above, f"{name}: {', '.join(map(str, keys))}"))
+    return svg(charts)
+
+
+def _compiled() -> str | None:
+    library = native()
+    return None if library is None else f"{library.target}, {library.compiler}"
 
 
 def read_bandwidth() -> float:

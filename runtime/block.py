@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from infopt import kernels
 from infopt.kernels.cpu import Precision
+from infopt.kernels.native import PackedWeight
 from infopt.kv_cache import with_cache
 from infopt.model import BlockCall
 from infopt.qtensor import QTensor
@@ -36,7 +37,7 @@ PROOF_TOKENS = 6
 _QKV = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.qkv_proj",))
 _GATE_UP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",))
 _NORMS = ("input_layernorm", "post_attention_layernorm")
-_ODD = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
+ODD = (AttributeError, TypeError, ValueError, LookupError, RuntimeError)
 Codes = Callable[[str], QTensor | None]  # an op's path in the block -> its codes, None for a float weight
 
 
@@ -53,11 +54,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Linear:
-    """Layers that read the same, as one. nbytes: of the weights as they are kept. kernels: what runs."""
+    """Layers that read the same, as one. nbytes: of the weights as they are kept. kernels: what runs. weight, bias_O: of the
+    whole, where it is one weight of the C++."""
 
     multiply: Callable[[Tensor], Tensor]
     nbytes: int
     kernels: tuple[str, ...]
+    weight: PackedWeight | None = None
+    bias_O: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.multiply(x)
@@ -81,7 +85,7 @@ class Angles:
 
 class FusedBlock(nn.Module):
     """See the module. `block` gives the parts and keeps nothing; codes: of its quantized ops; angles: shared by the blocks of
-    a model. Raises one of `_ODD` for a block of another shape."""
+    a model. Raises one of `ODD` for a block of another shape."""
 
     def __init__(
         self, block: nn.Module, layer: int, codes: Codes, precision: Precision, angles: Angles | None = None
@@ -103,9 +107,13 @@ class FusedBlock(nn.Module):
         self.act: nn.Module = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
 
     @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
     def packed_bytes(self) -> int:
         """Of the weights as they are kept."""
-        return sum(linear.nbytes for linear in (self.qkv, self.o, self.gate_up, self.down))
+        return sum(linear.nbytes for linear in self.linears)
 
     def _head_norms(self, attention: Any) -> tuple[Norm, Norm] | None:
         if not hasattr(attention, "q_norm"):
@@ -184,7 +192,8 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     whole = _one(found)
     if whole is not None:
         prepared = kernels.prepare(whole, precision)
-        return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,))
+        ran = (prepared.kernel,)
+        return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, ran, prepared.weight, bias_O)
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)
     return Linear(lambda x: torch.cat([linear(x) for linear in each], dim=-1), sum(one.nbytes for one in each), ran)
@@ -259,7 +268,7 @@ def try_fuse(block: nn.Module, layer: int, codes: Codes, call: BlockCall, kind: 
     try:
         fused = FusedBlock(block, layer, codes, "exact").eval()
         return proven(block, fused, call, kind, layers)
-    except _ODD:
+    except ODD:
         return False
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +28,14 @@ from infopt.exporters.assemble import is_shards
 from infopt.exporters.folder import open_model
 from infopt.header import read_json
 from infopt.kernels.cpu import Precision
+from infopt.kernels.native import native
 from infopt.kv_cache import CacheGrid
 from infopt.memory import available, release
 from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
+from infopt.runtime.decode import Decoder
+from infopt.runtime.decode import find as find_decoder
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
+from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
 
@@ -80,9 +85,11 @@ class Engine:
         self._takes_positions = "position_ids" in accepted
         self._takes_last = "logits_to_keep" in accepted
         self._head: PackedHead | None = None
+        self.decoder: Decoder | None = None
         self._prove()
         if precision == "packed":
             self._pack_outer()
+            self._find_decoder()
 
     @property
     def positions(self) -> int | None:
@@ -115,6 +122,17 @@ class Engine:
         return stored, read
 
     @property
+    def kernels(self) -> dict[str, int]:
+        """What multiplies, and how many weights; q, k and v of a fused block are one, gate and up another."""
+        found: list[str] = []
+        for module in self.model.modules():
+            if isinstance(module, FusedBlock):
+                found += [kernel for linear in module.linears for kernel in linear.kernels]
+            elif isinstance(module, QuantLinear | PackedHead):
+                found.append(module.kernel)
+        return dict(sorted(Counter(found).items()))
+
+    @property
     def cache_name(self) -> str:
         """The cache's type, "int8"; "fp32" for floats."""
         grid = self.kinds[0].grid
@@ -140,7 +158,10 @@ class Engine:
         if self._head is not None:
             self._head.fine = fine
         step = Step(cache, requests, ids_BQ.shape[1])
-        logits_BV = self._forward(ids_BQ, step)[:, -1].float()
+        if self.decoder is not None:
+            logits_BV = self.decoder(ids_BQ, step)
+        else:
+            logits_BV = self._forward(ids_BQ, step)[:, -1].float()
         step.commit()
         return logits_BV
 
@@ -208,6 +229,14 @@ class Engine:
         if type(embedding) is nn.Embedding:
             self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
         release()
+
+    @torch.inference_mode()
+    def _find_decoder(self) -> None:
+        """One call for all blocks, where they all allow it and the cache holds floats; see `runtime/decode.py`."""
+        blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
+        library = native()
+        if library is not None and len(blocks) == len(self.kinds) and all(kind.grid is None for kind in self.kinds):
+            self.decoder = find_decoder(self.model, blocks, self.kinds, library)
 
     # What the layers cache, and the proof
 

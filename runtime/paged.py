@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -153,6 +154,14 @@ class _Store:
     def read(self, where: Tensor | slice, which: str) -> Tensor:
         return self._halves[which].read(where)
 
+    def floats(self, heads: int, width: int) -> tuple[Tensor, Tensor]:
+        """The pages of keys and of values themselves, fp32 [slots, H, D], of a layer that stores floats."""
+        if not self._halves:
+            like_NHD = torch.empty(0, heads, width)
+            self._halves = {which: _Half(self.kind, which, self._slots, like_NHD) for which in "kv"}
+        keys, values = (next(self._halves[which].parts()) for which in "kv")
+        return keys, values
+
     def parts(self) -> Iterator[Tensor]:
         return (part for half in self._halves.values() for part in half.parts())
 
@@ -252,7 +261,10 @@ class Step(Cache):
         self.cache, self.requests, self.count = cache, requests, count
         self.past = max(request.length for request in requests)
         self._sliding = [kind.window is not None for kind in cache.kinds]
-        self._plans = {window: self._plan(window) for window in cache.rings}
+
+    @cached_property
+    def _plans(self) -> dict[int | None, _Plan]:
+        return {window: self._plan(window) for window in self.cache.rings}
 
     def commit(self) -> None:
         for request in self.requests:
@@ -295,6 +307,14 @@ class Step(Cache):
         plan, store = self._plans[self.cache.kinds[layer].window], self.cache.stores[layer]
         for where in plan.reads:
             yield store.read(where, "k").transpose(0, 1)[None], store.read(where, "v").transpose(0, 1)[None]
+
+    def places(self, window: int | None, tokens: range) -> Iterator[tuple[int, int, int, int]]:
+        """For the layers with this window, each request and these of its new tokens: its table's address and length, the first
+        token that this one sees, and its own place."""
+        for request in self.requests:
+            address, pages = request.tables[window].data_ptr(), len(request.tables[window])
+            for place in range(request.length + tokens.start, request.length + tokens.stop):
+                yield address, pages, 0 if window is None else max(0, place - window + 1), place
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.past

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def test_layers_side_by_side_are_the_layers(precision: str) -> None:
     assert len(apart.kernels) == 2
 
 
-def test_the_packed_head_is_exact_where_it_counts() -> None:
+@pytest.mark.parametrize(("compiled", "gain"), [(True, 0.5), (False, 0.3)])
+def test_the_packed_head_is_exact_where_it_counts(compiled: bool, gain: float) -> None:
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(64, 1000)
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_the_packed_head_is_exact_where_it_counts() -> None:
         head.bias.copy_(torch.randn(1000, generator=generator))
     assert halved(head.weight.detach()).dtype == torch.bfloat16
     assert halved(head.weight.detach() + 1e-6).dtype == torch.float32
-    packed = pack_head(head, halved(head.weight.detach()))
+    packed = pack_head(head, halved(head.weight.detach()), compiled)
     assert packed is not None
     x_BTC = torch.randn(2, 3, 64, generator=generator)
     x_BTC[..., 5] *= 30
@@ -123,10 +125,11 @@ def test_the_packed_head_is_exact_where_it_counts() -> None:
     best = wanted.topk(CANDIDATES // 4).indices
     torch.testing.assert_close(got.gather(-1, best), wanted.gather(-1, best))
     assert got.shape == wanted.shape
-    assert (fine - wanted).norm() < 0.3 * (got - wanted).norm()
+    assert (fine - wanted).norm() < gain * (got - wanted).norm()
     alone = torch.stack([packed(x_TC) for x_TC in x_BTC])
     assert torch.equal(alone, fine)  # rows do not depend on each other
-    assert pack_head(nn.Linear(64, CANDIDATES), torch.zeros(CANDIDATES, 64)) is None
+    assert packed.kernel == ("w8a8" if compiled else "quantized.linear_dynamic")
+    assert pack_head(nn.Linear(64, CANDIDATES), torch.zeros(CANDIDATES, 64), compiled) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
@@ -163,5 +166,21 @@ def test_bench_reports_what_it_says(words: Path, tmp_path: Path) -> None:  # noq
     assert said["reference"]["kv_cache"] == "fp32"
     assert said["reference"]["weight_bytes_read_per_step"] > 2 * said["weight_bytes_read_per_step"]
     assert "decode, tokens/s" in done.err
+    assert (
+        said["kernels"] == {"w4a8": 8} and said["compiled"] and said["compiled_blocks"] == 0
+    )  # not with a cache of bytes
+    assert said["reference"]["compiled"] is None and said["reference"]["kernels"] == {}
     assert infopt("bench", folder, "--prompt", 300).code == 2
+    assert infopt("bench", folder, "--plot", tmp_path / "nowhere" / "plot.svg").code == 2
     assert infopt("bench", folder, "--new-tokens", 1).code == 2
+
+
+def test_bench_draws_latency_against_batch_and_context(words: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = quantized("llama", tmp_path, words, "--method", "rtn", max_position_embeddings=512)
+    done = infopt("bench", folder, "--prompt", 8, "--new-tokens", 3, "--plot", tmp_path / "plot.svg", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["compiled_blocks"] == 2
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    lines = root.findall(".//{*}polyline")
+    assert [len(line.get("points", "").split()) for line in lines] == [4, 4, 2, 2, 2, 2]  # by context, then by batch
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["plot.svg"]

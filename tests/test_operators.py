@@ -124,7 +124,9 @@ def test_what_is_written_can_be_read() -> None:
 def test_a_weight_on_a_gpu_gets_a_kernel_for_gpus() -> None:
     """As far as that can be seen without one: what no CUDA C++ kernel reads is Triton's."""
     codes, grid = SimpleNamespace(device=torch.device("cuda")), Grid(4, 32, inputs=Inputs("int"))
-    there: Any = SimpleNamespace(codes=codes, shape=(2, 2), grid=grid, dequantize=lambda _: torch.eye(2), input_scale=None)
+    there: Any = SimpleNamespace(
+        codes=codes, shape=(2, 2), grid=grid, dequantize=lambda _: torch.eye(2), input_scale=None
+    )
     found = kernels.prepare(there, "packed")
     assert found.multiply.__module__ == "infopt.kernels.triton.linear"
 

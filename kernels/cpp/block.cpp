@@ -1,0 +1,323 @@
+// Whole decoder blocks for new tokens of some texts, on a processor, and what Python calls.
+//
+// `kernels/native.py` compiles this file and describes its structs to ctypes; `runtime/block.py` says what a block computes and
+// proves it. All blocks of a model are one call, in which threads wait for each other ten times a block.
+//
+// Legend: a team is the threads of one call; each takes a share of every loop.
+
+#include "linear.h"
+
+#include <cmath>
+
+extern "C" {
+
+struct Block {
+    Linear qkv, o, gate_up, down;
+    const float *norm, *mlp_norm, *q_norm, *k_norm;  // the last two may be null
+    float eps, mlp_eps, q_eps, k_eps, scaling;
+    int32_t queries, keys, width, act;  // heads, channels of one; act: see Act
+    int32_t kind;                       // which of a text's page tables it uses
+};
+
+struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
+    const int64_t* table;  // pages, used as a ring
+    int64_t pages, first, position;  // the first token that it sees, and its own place
+};
+
+struct Pages {
+    float *k, *v;  // [slots][keys][width]
+};
+}
+
+namespace {
+
+constexpr int PART = 64, PAGE = 16;
+enum Act { SILU, GELU_TANH };
+
+// Functions
+
+inline Floats exp8(Floats x) {  // 2^n * e^r with |r| <= ln 2 / 2, a polynomial; relative error below 3e-7
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    x = x > 88.0f ? Floats{} + 88.0f : x;
+    const Floats moved = x * 1.44269504f + 0x1.8p23f, n = moved - 0x1.8p23f;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return p * (Floats)(((Ints)moved - 0x4b400000 + 127) << 23);
+}
+
+inline Floats activate(Floats x, int act) {
+    const Floats inner = act == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exp8(-inner));
+}
+
+void rms_norm(const float* x, const float* weight, int count, float eps, float* y) {
+    Floats squares = {};
+    for (int i = 0; i < count; i += 8) squares += load<Floats>(x + i) * load<Floats>(x + i);
+    const float factor = 1 / std::sqrt(sum(squares) / count + eps);
+    for (int i = 0; i < count; i += 8) store(y + i, load<Floats>(x + i) * factor * load<Floats>(weight + i));
+}
+
+void rotate(float* x, const float* cosine, const float* sine, int width) {
+    for (int low = 0, high = width / 2; low < width / 2; ++low, ++high) {
+        const float a = x[low], b = x[high];
+        x[low] = a * cosine[low] - b * sine[low];
+        x[high] = b * cosine[high] + a * sine[high];
+    }
+}
+
+// Attention of one token: parts of 64 positions, each with its own maximum, put together at the end. Which parts there are
+// depends on the token's position alone, so its bits do not depend on what else is computed.
+
+struct Scratch {
+    Rounded x;
+    float *normed, *qkv, *attended, *gated, *parts;
+};
+
+int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
+
+// The sums of eight vectors, in one
+inline Floats sums(const Floats* x) {
+#ifdef __AVX2__
+    const __m256 a = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), b = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+    const __m256 c = _mm256_hadd_ps((__m256)x[4], (__m256)x[5]), d = _mm256_hadd_ps((__m256)x[6], (__m256)x[7]);
+    const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
+    return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+#else
+    return Floats{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3]), sum(x[4]), sum(x[5]), sum(x[6]), sum(x[7])};
+#endif
+}
+
+inline float most_of(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < 8; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// N vectors of the weighted sum of values; rows: the first of each eight
+template <int N> void weigh(const float* const* rows, size_t stride, const float* p, int eights, int d, float* y) {
+    Floats totals[N] = {};
+    for (int i = 0; i < eights; ++i)
+        for (int j = 0; j < 8; ++j)
+            UNROLLED for (int n = 0; n < N; ++n) totals[n] += p[8 * i + j] * load<Floats>(rows[i] + j * stride + d + 8 * n);
+    UNROLLED for (int n = 0; n < N; ++n) store(y + d + 8 * n, totals[n]);
+}
+
+// For the queries of one group and a part of the text: [largest score, sum of weights, weighted sum of values] of each.
+// Eight positions lie in one page; those before the first or after the last are read with them and count nothing.
+void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int64_t part, float* out) {
+    const float *k_rows[PART / 8], *v_rows[PART / 8];
+    const int64_t from = part * PART, low = text.first > from ? text.first / 8 * 8 : from;
+    const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
+    const int eights = int((high - low) / 8) + 1, width = block.width, group = block.queries / block.keys;
+    const size_t stride = size_t(block.keys) * width;
+    for (int i = 0; i < eights; ++i) {
+        const int64_t position = low + 8 * i;
+        const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+        k_rows[i] = pages.k + slot * stride + head * width;
+        v_rows[i] = pages.v + slot * stride + head * width;
+    }
+    const int seen_from = int(text.first - low), seen_to = int(high - low);
+    for (int g = 0; g < group; ++g, q += width, out += width + 2) {
+        float p[PART];
+        Floats most = Floats{} - INFINITY, total = {};
+        for (int i = 0; i < eights; ++i) {
+            const float* k = k_rows[i];
+            Floats products[8] = {};
+            for (int d = 0; d < width; d += 8) {
+                const Floats q_d = load<Floats>(q + d);
+                UNROLLED for (int j = 0; j < 8; ++j) products[j] += q_d * load<Floats>(k + j * stride + d);
+            }
+            const Ints place = Ints{0, 1, 2, 3, 4, 5, 6, 7} + 8 * i;
+            Floats scores = sums(products) * block.scaling;
+            scores = place < seen_from ? Floats{} - INFINITY : scores;
+            scores = place > seen_to ? Floats{} - INFINITY : scores;
+            store(p + 8 * i, scores);
+            most = scores > most ? scores : most;
+        }
+        const float highest = most_of(most);
+        for (int i = 0; i < eights; ++i) {
+            const Floats scores = load<Floats>(p + 8 * i);
+            const Floats weights = scores == -INFINITY ? Floats{} : exp8(scores - highest);
+            store(p + 8 * i, weights);
+            total += weights;
+        }
+        int d = 0;
+        for (; d + 64 <= width; d += 64) weigh<8>(v_rows, stride, p, eights, d, out + 2);
+        for (; d < width; d += 8) weigh<1>(v_rows, stride, p, eights, d, out + 2);
+        out[0] = highest, out[1] = sum(total);
+    }
+}
+
+void merge(const float* parts, int count, size_t stride, int width, float* out) {
+    float most = -INFINITY, total = 0;
+    for (int i = 0; i < count; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
+    for (int d = 0; d < width; ++d) out[d] = 0;
+    for (int i = 0; i < count; ++i) {
+        const float* part = parts + i * stride;
+        const float factor = std::exp(part[0] - most);
+        total += factor * part[1];
+        for (int d = 0; d < width; ++d) out[d] += factor * part[2 + d];
+    }
+    for (int d = 0; d < width; ++d) out[d] /= total;
+}
+
+void attention(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const Scratch& s) {
+    const int width = block.width, group = block.queries / block.keys, heads = block.queries + 2 * block.keys;
+    const size_t unit = size_t(group) * (width + 2);
+    int64_t low = texts[0].first / PART, high = 0, turn = 0;
+    for (int b = 0; b < count; ++b) {
+        low = texts[b].first / PART < low ? texts[b].first / PART : low;
+        high = texts[b].position / PART > high ? texts[b].position / PART : high;
+    }
+    for (int head = 0; head < block.keys; ++head)
+        for (int64_t part = low; part <= high; ++part) {  // its keys stay near for all tokens of the text
+            size_t before = 0;
+            for (int b = 0; b < count; before += size_t(parts_of(texts[b])) * block.keys, ++b) {
+                const int64_t first = texts[b].first / PART;
+                if (part < first || part > texts[b].position / PART || turn++ % team.count != team.id) continue;
+                const float* q = s.qkv + (size_t(b) * heads + head * group) * width;
+                attend(block, texts[b], pages, q, head, part, s.parts + (before + (part - first) * block.keys + head) * unit);
+            }
+        }
+    BARRIER
+    const int out = block.queries * width;
+    team.share(count, [&](int b) {
+        size_t before = 0;
+        for (int i = 0; i < b; ++i) before += size_t(parts_of(texts[i])) * block.keys;
+        for (int q = 0; q < block.queries; ++q) {
+            const float* parts = s.parts + (before + q / group) * unit + size_t(q % group) * (width + 2);
+            merge(parts, parts_of(texts[b]), block.keys * unit, width, s.attended + size_t(b) * out + q * width);
+        }
+        round_token(s.attended + size_t(b) * out, out, block.o.span, b, s.x);
+    });
+    BARRIER
+}
+
+// One block, for some tokens. All write their keys and values before any of them looks
+
+void heads_of(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const float* cosine,
+              const float* sine, const Scratch& s) {
+    const int width = block.width, heads = block.queries + 2 * block.keys;
+    team.share(count * heads, [&](int i) {
+        const int b = i / heads, head = i % heads, key = head - block.queries;
+        float* x = s.qkv + size_t(i) * width;
+        if (key < block.keys) {
+            const float* weight = key < 0 ? block.q_norm : block.k_norm;
+            if (weight) rms_norm(x, weight, width, key < 0 ? block.q_eps : block.k_eps, x);
+            rotate(x, cosine + size_t(b) * width, sine + size_t(b) * width, width);
+        }
+        if (key < 0) return;
+        const Text& text = texts[b];
+        const int64_t slot = text.table[text.position / PAGE % text.pages] * PAGE + text.position % PAGE;
+        float* to = (key < block.keys ? pages.k : pages.v) + (slot * block.keys + key % block.keys) * width;
+        for (int d = 0; d < width; d += 8) store(to + d, load<Floats>(x + d));
+    });
+}
+
+void step(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const float* cosine,
+          const float* sine, float* hidden, const Scratch& s) {
+    const int channels = block.qkv.columns, inner = block.down.columns;
+    const auto normed = [&](const float* weight, float eps, int span) {
+        team.share(count, [&](int b) {
+            rms_norm(hidden + size_t(b) * channels, weight, channels, eps, s.normed + size_t(b) * channels);
+            round_token(s.normed + size_t(b) * channels, channels, span, b, s.x);
+        });
+        BARRIER
+    };
+    normed(block.norm, block.eps, block.qkv.span);
+    project(team, block.qkv, s.x, count, s.qkv, false);
+    BARRIER
+    heads_of(team, block, pages, texts, count, cosine, sine, s);
+    BARRIER
+    attention(team, block, pages, texts, count, s);
+    project(team, block.o, s.x, count, hidden, true);
+    BARRIER
+    normed(block.mlp_norm, block.mlp_eps, block.gate_up.span);
+    each_pair(team, block.gate_up, inner / ROWS, s.x, count, [&](int t, int token, int n, const Floats* y) {
+        for (int i = 0; i < n; ++i)
+            store(s.gated + size_t(token + i) * inner + t * ROWS, activate(y[i], block.act) * y[n + i]);
+    });
+    BARRIER
+    team.share(count, [&](int b) { round_token(s.gated + size_t(b) * inner, inner, block.down.span, b, s.x); });
+    BARRIER
+    project(team, block.down, s.x, count, hidden, true);
+    BARRIER
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [tokens, rows] of x [tokens, columns], fp32. 0, or 1 where there is no memory.
+int32_t infopt_linear(const Linear* w, const float* x, int64_t tokens, float* y) {
+    const size_t blocks = w->columns / BLOCK, all = size_t(tokens) * blocks;
+    Memory memory(all * (BLOCK + 8) + 256);
+    if (!memory.held) return 1;
+    const Rounded rounded{memory.take<int8_t>(all * BLOCK), memory.take<float>(all), memory.take<float>(all)};
+    parallel([&](const Team& team) {
+        team.share(int(tokens), [&](int i) { round_token(x + size_t(i) * w->columns, w->columns, w->span, i, rounded); });
+        BARRIER
+        project(team, *w, rounded, int(tokens), y, false);
+    });
+    return 0;
+}
+
+// logits [tokens, vocabulary]: those of ids [tokens, count] again, from the weight [vocabulary, columns] as it is stored.
+void infopt_rescore(const void* weight, int32_t type, int32_t columns, const float* x, const int64_t* ids, int32_t tokens,
+                    int32_t count, int64_t vocabulary, float* logits) {
+    parallel([&](const Team& team) {
+        team.share(tokens * count, [&](int i) {
+            const float* x_of = x + size_t(i / count) * columns;
+            Floats total = {};
+            for (int c = 0; c < columns; c += 8) total += load<Floats>(x_of + c) * widen(weight, type, ids[i] * columns + c);
+            logits[i / count * vocabulary + ids[i]] = sum(total);
+        });
+    });
+}
+
+// hidden [count, channels] after these blocks; pages: of each block; texts [kinds][count]; cosine, sine [count, width].
+int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, const Text* texts, int32_t count,
+                      const float* cosine, const float* sine, float* hidden) {
+    size_t widest = 0, qkv = 0, attended = 0, inner = 0, channels = 0, parts = 0;
+    const auto more = [](size_t& most, size_t value) { most = value > most ? value : most; };
+    for (int i = 0; i < layers; ++i) {
+        const Block& block = blocks[i];
+        size_t units = 0;
+        for (int b = 0; b < count; ++b) units += parts_of(texts[block.kind * count + b]);
+        more(parts, units * block.queries * (block.width + 2));
+        more(qkv, block.qkv.rows), more(attended, block.o.columns), more(inner, block.down.columns);
+        more(channels, block.qkv.columns);
+    }
+    more(widest, inner), more(widest, attended), more(widest, channels);
+    const size_t columns = count * widest, floats = count * (channels + qkv + attended + inner) + parts;
+    Memory memory(columns * 2 + floats * 4 + 1024);
+    if (!memory.held) return 1;
+    Scratch s;
+    s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
+    s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
+    s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
+    s.parts = memory.take<float>(parts);
+    parallel([&](const Team& team) {
+        for (int i = 0; i < layers; ++i)
+            step(team, blocks[i], pages[i], texts + size_t(blocks[i].kind) * count, count, cosine, sine, hidden, s);
+    });
+    return 0;
+}
+
+// What this was compiled for.
+const char* infopt_target() {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return "AVX-512 VNNI";
+#elif defined(__AVXVNNI__)
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "portable";
+#endif
+}
+}

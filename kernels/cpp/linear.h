@@ -1,0 +1,294 @@
+#pragma once
+
+// Linear layers on packed integer weights, on a processor. `reference.py` says what they compute.
+//
+//   w = (code - zero) * scale     a scale, and maybe a zero point, for a row and a group of columns
+//   x = round(x / s) * s          8 bits, s = max|x| / 127 over a span of columns (32, or all of a token)
+//   y = sum over blocks of 32 columns, in order: (scale * s) * (sum of code * x_code - zero * sum of x_code)
+//
+// The sums of a block are of whole numbers, so they are exact; the order of the rest does not depend on how many tokens
+// there are, how they are split, or on threads: a token's y has the same bits in any company.
+//
+// Layout: a tile is 8 rows (there is an even number of tiles), a register holds 4 columns of each, and a token's 4 codes are multiplied with all 8 rows at once,
+// so that no sum runs across a register. Codes of 4 bits lie in pairs: columns j and j + 16 of a block in one byte.
+//
+// Legend: a vector is 8 lanes; team: the threads of one call, each takes a share of every loop, with barriers between.
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#define BARRIER _Pragma("omp barrier")
+#else
+#define BARRIER
+#endif
+#define UNROLLED _Pragma("GCC unroll 8")  // so that what the loop runs over stays in registers
+
+extern "C" {
+
+struct Linear {
+    const uint8_t* codes;  // [tiles][blocks][4 or 8 registers of 32 bytes]; 8 bits: code - 128
+    const void* scale;     // [tiles][groups][8]
+    const void* zero;      // the same shape, bf16; null: the grid's middle everywhere
+    const float* bias;     // [tiles * 8], or null
+    int32_t rows, columns, bits, group, scale_type, span;  // group: blocks that share a scale; span: columns of x that do
+};
+}
+
+namespace {
+
+constexpr int ROWS = 8, BLOCK = 32, TOKENS = 4, CHUNK = 64;
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint8_t Bytes __attribute__((vector_size(32)));
+typedef int8_t EightCodes __attribute__((vector_size(8)));
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+
+template <class T> inline T load(const void* from) {
+    T value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class T> inline void store(void* to, T value) { __builtin_memcpy(to, &value, sizeof value); }
+inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// Sums of weight codes times activation codes, for eight rows
+
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+
+constexpr int SHIFT = 0;  // what was taken from a code of 8 bits before it is multiplied
+inline Ints multiply(Ints total, Bytes w, const int8_t* x) {
+    const __m256i x_all = _mm256_set1_epi32(load<int32_t>(x));
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (Ints)_mm256_dpbusd_epi32((__m256i)total, (__m256i)w, x_all);
+#else
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)w, x_all);
+#endif
+}
+template <int BITS> struct Sum {
+    Ints sums = {};
+    void add(Bytes w, const int8_t* x) { sums = multiply(sums, BITS == 8 ? w ^ 128 : w, x); }
+    Ints total() const { return sums; }
+};
+
+#elif defined(__AVX2__)
+
+constexpr int SHIFT = 128;
+inline Ints widened(__m256i pairs) { return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+template <int BITS> struct Sum {  // 16 bits hold a block: 16 products of at most 15 * 127
+    __m256i pairs = _mm256_setzero_si256();
+    void add(Bytes w, const int8_t* x) {
+        const __m256i x_all = _mm256_set1_epi32(load<int32_t>(x));
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w, x_all));
+    }
+    Ints total() const { return widened(pairs); }
+};
+template <> struct Sum<8> {  // 16 bits hold one pair: the sign goes to the other factor, 2 * 128 * 127
+    Ints sums = {};
+    void add(Bytes w, const int8_t* x) {
+        const __m256i x_all = _mm256_sign_epi8(_mm256_set1_epi32(load<int32_t>(x)), (__m256i)w);
+        sums += widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), x_all));
+    }
+    Ints total() const { return sums; }
+};
+
+#else
+
+constexpr int SHIFT = 128;
+template <int BITS> struct Sum {
+    int32_t sums[ROWS] = {};
+    void add(Bytes w, const int8_t* x) {
+        for (int i = 0; i < ROWS; ++i)
+            for (int j = 0; j < 4; ++j) sums[i] += (BITS == 8 ? int8_t(w[4 * i + j]) : w[4 * i + j]) * x[j];
+    }
+    Ints total() const { return load<Ints>(sums); }
+};
+
+#endif
+
+// Scales as they are stored: bf16, fp16, fp32
+
+struct Bf16 {
+    static constexpr int size = 2;
+    static Floats widen(const void* from) {
+        return (Floats)(__builtin_convertvector(load<EightHalves>(from), Ints) << 16);
+    }
+};
+struct Fp16 {
+    static constexpr int size = 2;
+    static Floats widen(const void* from) {
+#ifdef __F16C__
+        return (Floats)_mm256_cvtph_ps(load<__m128i>(from));
+#else  // moved to the place of a float's exponent and fraction, which also makes small ones right
+        const Ints half = __builtin_convertvector(load<EightHalves>(from), Ints);
+        return (Floats)((half & 0x7fff) << 13 | (half & 0x8000) << 16) * 0x1p112f;  // finite ones only
+#endif
+    }
+};
+struct Fp32 {
+    static constexpr int size = 4;
+    static Floats widen(const void* from) { return load<Floats>(from); }
+};
+
+inline Floats widen(const void* from, int type, size_t place) {
+    const char* at = (const char*)from;
+    return type == 0 ? Bf16::widen(at + 2 * place) : type == 1 ? Fp16::widen(at + 2 * place) : Fp32::widen(at + 4 * place);
+}
+
+// Activations
+
+struct Rounded {
+    int8_t* codes;  // [tokens][columns]
+    float *scale, *sum;  // [tokens][blocks]; of the codes
+};
+
+inline float largest(const float* x, int count) {  // |x| as a whole number has the same order, and NaN comes last
+    Ints most = {};
+    for (int i = 0; i < count; i += 8) {
+        const Ints bits = load<Ints>(x + i) & 0x7fffffff;
+        most = most > bits ? most : bits;
+    }
+    int32_t best = 0;
+    for (int i = 0; i < 8; ++i) best = most[i] > best ? most[i] : best;
+    return load<float>(&best);
+}
+
+void round_token(const float* x, int columns, int span, int token, const Rounded& to) {
+    const size_t first = size_t(token) * (columns / BLOCK);
+    float scale = 0;
+    for (int start = 0; start < columns; start += BLOCK) {
+        if (start % span == 0) {
+            scale = largest(x + start, span) / 127;
+            if (scale < 0x1p-40f) scale = 0x1p-40f;  // not where it is NaN, which has to be seen
+        }
+        Ints total = {};
+        for (int i = start; i < start + BLOCK; i += 8) {
+            const Floats moved = load<Floats>(x + i) / scale + 0x1.8p23f;  // the fraction is now the nearest whole number
+            const Ints code = (Ints)moved - 0x4b400000;
+            store(to.codes + size_t(token) * columns + i, __builtin_convertvector(code, EightCodes));
+            total += code;
+        }
+        to.scale[first + start / BLOCK] = scale;
+        to.sum[first + start / BLOCK] = sum(floats(total));
+    }
+}
+
+// Two tiles times N tokens: y[0 .. N - 1] of tile t, y[N .. 2 N - 1] of the other
+
+template <int BITS, class Scale, int N>
+void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Floats* y) {
+    const int blocks = w.columns / BLOCK, groups = blocks / w.group, bytes = BITS * 32;
+    const uint8_t* codes[2] = {w.codes + size_t(t) * blocks * bytes, w.codes + size_t(other) * blocks * bytes};
+    const size_t first[2] = {size_t(t) * groups * ROWS, size_t(other) * groups * ROWS};
+    const int8_t* x_codes = x.codes + size_t(token) * w.columns;
+    const float *x_scale = x.scale + size_t(token) * blocks, *x_sum = x.sum + size_t(token) * blocks;
+    Floats totals[2 * N];
+    UNROLLED for (int n = 0; n < 2 * N; ++n)
+        totals[n] = w.bias ? load<Floats>(w.bias + (n < N ? t : other) * ROWS) : Floats{};
+    for (int g = 0, b = 0; g < groups; ++g) {
+        Floats scale[2], zero[2];
+        UNROLLED for (int i = 0; i < 2; ++i) {
+            const size_t place = first[i] + size_t(g) * ROWS;
+            scale[i] = Scale::widen((const char*)w.scale + place * Scale::size);
+            zero[i] = Floats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
+            if (w.zero) zero[i] = Bf16::widen((const char*)w.zero + place * Bf16::size) - (BITS == 4 ? 0.0f : SHIFT);
+        }
+        for (int end = b + w.group; b < end; ++b) {
+            Sum<BITS> sums[2 * N];
+            for (int r = 0; r < BITS; ++r, codes[0] += 32, codes[1] += 32) {
+                UNROLLED for (int half = 0; half < 8 / BITS; ++half) {
+                    Bytes one = load<Bytes>(codes[0]), two = load<Bytes>(codes[1]);
+                    if (BITS == 4) one = half ? one >> 4 : one & 15, two = half ? two >> 4 : two & 15;
+                    UNROLLED for (int n = 0; n < N; ++n) {
+                        const int8_t* four = x_codes + n * w.columns + b * BLOCK + 16 * half + 4 * r;
+                        sums[n].add(one, four), sums[N + n].add(two, four);
+                    }
+                }
+            }
+            UNROLLED for (int n = 0; n < 2 * N; ++n) {
+                const int at = n % N * blocks + b;
+                const Floats exact = floats(sums[n].total()) - zero[n / N] * x_sum[at];
+                totals[n] += (scale[n / N] * x_scale[at]) * exact;
+            }
+        }
+    }
+    UNROLLED for (int n = 0; n < 2 * N; ++n) y[n] = totals[n];
+}
+
+typedef void (*Tiles)(const Linear&, int, int, const Rounded&, int, Floats*);
+template <int BITS, class Scale>
+constexpr Tiles TILES[] = {tiles<BITS, Scale, 1>, tiles<BITS, Scale, 2>, tiles<BITS, Scale, 3>, tiles<BITS, Scale, 4>};
+
+const Tiles* tiles_of(const Linear& w) {
+    if (w.bits == 4) return w.scale_type == 0 ? TILES<4, Bf16> : w.scale_type == 1 ? TILES<4, Fp16> : TILES<4, Fp32>;
+    return w.scale_type == 0 ? TILES<8, Bf16> : w.scale_type == 1 ? TILES<8, Fp16> : TILES<8, Fp32>;
+}
+
+struct Team {
+    int id = 0, count = 1;
+    template <class Do> void share(int items, Do&& act) const {
+        for (int i = int64_t(items) * id / count, end = int64_t(items) * (id + 1) / count; i < end; ++i) act(i);
+    }
+};
+
+template <class Do> void parallel(Do&& act) {
+#ifdef _OPENMP
+#pragma omp parallel
+    act(Team{omp_get_thread_num(), omp_get_num_threads()});
+#else
+    act(Team{});
+#endif
+}
+
+// Each pair of tiles, t and t + apart, for a chunk of tokens whose codes stay near: put(t, token, tokens, values)
+template <class Put>
+void each_pair(const Team& team, const Linear& w, int apart, const Rounded& x, int tokens, Put&& put) {
+    const Tiles* run = tiles_of(w);
+    const int pairs = (w.rows + 2 * ROWS - 1) / (2 * ROWS);
+    for (int chunk = 0; chunk < tokens; chunk += CHUNK) {
+        const int end = chunk + CHUNK < tokens ? chunk + CHUNK : tokens;
+        team.share(pairs, [&](int pair) {
+            const int t = apart == 1 ? 2 * pair : pair;
+            for (int token = chunk; token < end; token += TOKENS) {
+                const int n = end - token < TOKENS ? end - token : TOKENS;
+                Floats y[2 * TOKENS];
+                run[n - 1](w, t, t + apart, x, token, y);
+                put(t, token, n, y);
+            }
+        });
+    }
+}
+
+void project(const Team& team, const Linear& w, const Rounded& x, int tokens, float* y, bool add) {
+    each_pair(team, w, 1, x, tokens, [&](int t, int token, int n, const Floats* values) {
+        for (int i = 0; i < 2 * n; ++i) {
+            const int row = (i < n ? t : t + 1) * ROWS, count = w.rows - row < ROWS ? w.rows - row : ROWS;
+            float* to = y + size_t(token + i % n) * w.rows + row;
+            if (count == ROWS) {
+                store(to, add ? load<Floats>(to) + values[i] : values[i]);
+            } else {
+                for (int j = 0; j < count; ++j) to[j] = add ? to[j] + values[i][j] : values[i][j];
+            }
+        }
+    });
+}
+
+struct Memory {  // freed together
+    std::unique_ptr<void, void (*)(void*)> held{nullptr, std::free};
+    size_t used = 0, size;
+    explicit Memory(size_t bytes) : held(std::malloc(bytes), std::free), size(bytes) {}
+    template <class T> T* take(size_t count) {
+        T* at = reinterpret_cast<T*>(static_cast<char*>(held.get()) + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return at;
+    }
+};
+
+}  // namespace

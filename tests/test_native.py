@@ -1,0 +1,301 @@
+"""The C++ kernels against the reference, in every shape, for every target; and with faults put in, which must show."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt import kernels
+from infopt.grid import Grid, Inputs
+from infopt.kernels import reference
+from infopt.kernels.compiled import compilers
+from infopt.kernels.compiled import library as compiled_library
+from infopt.kernels.native import ROUNDED, Native, PackedWeight, build, fits, native
+from infopt.runtime.block import FusedBlock
+from infopt.runtime.decode import Decoder, find
+from infopt.runtime.engine import Engine
+from infopt.runtime.paged import Step
+
+from .test_engine import answers, prompts, quantized, words  # noqa: F401
+from .test_kernels import random_q, relative_error
+
+CPP = Path(kernels.__file__).parent / "cpp"
+ORDER = 2e-6  # fp32 in another order
+CASES = [
+    (32, 64, Grid(4, 32)),
+    (13, 64, Grid(4, 64, False)),  # a tile that is cut short
+    (40, 256, Grid(4, 128, False, torch.float16)),
+    (40, 96, Grid(4, None, True, torch.float32)),
+    (24, 64, Grid(3, 32, False)),
+    (24, 64, Grid(2, 64, True)),
+    (33, 128, Grid(8, None, True)),
+    (48, 128, Grid(8, 32, False, torch.float16)),
+    (24, 128, Grid(8, None, True, inputs=Inputs("int"))),  # W8A8: a scale for a token
+    (24, 128, Grid(4, 64, False, inputs=Inputs("int"))),
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def errors(library: Native, cases: Sequence[tuple[int, int, Grid]] = CASES) -> list[float]:
+    """Of some tokens with large and small values, against the reference with inputs rounded in the same way."""
+    found = []
+    for seed, (rows, columns, grid) in enumerate(cases):
+        q = random_q(rows, columns, grid, seed)
+        x_TI = torch.randn(70, columns, generator=torch.Generator().manual_seed(seed))
+        x_TI[::3, 5] *= 30
+        x_TI[1] *= 1e-6
+        x_TI[2] = 0
+        meant = replace(q, grid=replace(grid, inputs=grid.inputs or ROUNDED))
+        got_TO, wanted_TO = PackedWeight(library, q).multiply(x_TI), reference.linear(x_TI, meant)
+        found += [relative_error(got_TO[token], wanted_TO[token]) for token in (0, 1, 3, 4)]
+        found += [relative_error(got_TO, wanted_TO), got_TO[2].norm().item()]
+    return found
+
+
+def test_they_compute_the_reference(library: Native) -> None:
+    assert max(errors(library)) < ORDER
+
+
+def test_a_tokens_bits_do_not_depend_on_its_neighbours(library: Native) -> None:
+    for rows, columns, grid in CASES:
+        weight = PackedWeight(library, random_q(rows, columns, grid))
+        x_TI = torch.randn(7, columns)
+        alone = torch.cat([weight.multiply(x_I[None]) for x_I in x_TI])
+        assert torch.equal(alone, weight.multiply(x_TI))
+        assert torch.equal(alone[2:7], weight.multiply(x_TI[2:7]))
+
+
+def test_prepare_takes_them_where_they_fit(library: Native) -> None:
+    for rows, columns, grid in CASES:
+        q = random_q(rows, columns, grid)
+        prepared = kernels.prepare(q, "packed")
+        assert prepared.kernel == f"w{8 if grid.bits == 8 else 4}a8" and prepared.inputs == (grid.inputs or ROUNDED)
+        assert prepared.nbytes < 0.8 * rows * columns * (2 if grid.bits == 8 else 1) + 16 * columns
+        x_TI, bias_O = torch.randn(3, columns), torch.randn(rows)
+        rounding = 1e-6 if grid.inputs else 2e-2
+        assert relative_error(prepared(x_TI, bias_O), reference.linear(x_TI, q, bias_O)) < rounding
+    for grid in (
+        Grid(4, 16),
+        Grid(8, None, True, kind="float"),
+        Grid(4, None, rows=None),
+        Grid(8, inputs=Inputs("float")),
+    ):
+        assert not fits(
+            random_q(32, 64, grid) if grid.kind == "int" else replace(random_q(32, 64, Grid(8, None)), grid=grid)
+        )
+    assert not fits(random_q(32, 40, Grid(4, None)))
+
+
+def test_what_is_not_finite_shows(library: Native) -> None:
+    weight = PackedWeight(library, random_q(32, 64, Grid(4, 32)))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 37, 63):
+            x_TI = torch.randn(2, 64)
+            x_TI[0, place] = value
+            got_TO = weight.multiply(x_TI)
+            assert not torch.isfinite(got_TO[0]).any() and torch.isfinite(got_TO[1]).all()
+
+
+# Blocks
+
+
+@torch.inference_mode()
+def blocks_differ(engine: Engine, library: Native) -> list[float]:
+    """Relative differences of each block's change, sorted, for texts of several lengths that go on for some tokens."""
+    blocks = [module for module in engine.model.modules() if isinstance(module, FusedBlock)]
+    decoder = Decoder(engine.model, blocks, engine.kinds, library)
+    cache = engine.cache(100, 3, chunk=8)
+    requests = [request for _ in range(3) if (request := cache.admit(100)) is not None]
+    for request, prompt in zip(requests, prompts(3, 70, 21), strict=True):
+        engine.prefill(cache, request, prompt)
+    found = []
+    for token in range(3):
+        step = Step(cache, requests, 1)
+        hidden_B1C, angles = decoder.start(torch.tensor([[5], [9], [7 + token]]), step)
+        hidden_B1C = torch.randn(hidden_B1C.shape, generator=torch.Generator().manual_seed(token))
+        hidden_B1C[1] *= 1e-3  # where eps counts
+        for i, block in enumerate(blocks):
+            found_B1C = hidden_B1C.clone()
+            decoder.run(found_B1C, *angles, step, layers=slice(i, i + 1))
+            wanted_B1C = block(hidden_B1C, position_embeddings=angles, past_key_values=step)
+            found.append(
+                ((found_B1C - wanted_B1C) / (wanted_B1C - hidden_B1C).norm(dim=-1, keepdim=True)).norm().item()
+            )
+            hidden_B1C = wanted_B1C
+        step.commit()
+    return sorted(found)
+
+
+@pytest.mark.parametrize("family", ["gelu", "llama", "mistral", "phi3", "qwen2", "qwen3"])
+def test_blocks_in_cpp_are_the_blocks(family: str, library: Native, words: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The texts are longer than mistral's window. A last bit may move a rounded activation by one step, but seldom."""
+    options = {"hidden_act": "gelu_pytorch_tanh"} if family == "gelu" else {}
+    folder = quantized("llama" if options else family, tmp_path, words, "--method", "rtn", **options)
+    engine = Engine(folder, "packed")
+    assert engine.decoder is not None
+    found = blocks_differ(engine, library)
+    assert found[len(found) // 2] < 1e-5 and found[-1] < 1e-2
+
+
+def test_the_step_of_cpp_is_used_only_where_it_is_proven(words: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A model with something between the blocks and the head, an activation that the C++ has not, or a cache of bytes."""
+    engine = Engine(quantized("llama", tmp_path, words, "--method", "rtn"), "packed")
+    library = native()
+    assert library is not None and engine.decoder is not None
+    assert Engine(engine.folder, "packed", "int8").decoder is None
+    blocks = engine.decoder.blocks
+    look = torch.inference_mode()(find)
+    assert look(engine.model, blocks, engine.kinds, library) is not None
+    with engine.model.model.norm.register_forward_hook(lambda module, x, y: 1.001 * y):
+        assert look(engine.model, blocks, engine.kinds, library) is None
+    act, blocks[1].act = blocks[1].act, torch.nn.ReLU()
+    assert look(engine.model, blocks, engine.kinds, library) is None
+    blocks[1].act = act
+    width, blocks[1].scaling = blocks[1].scaling, 0.0
+    assert look(engine.model, blocks, engine.kinds, library) is not None  # the same fault on both sides
+    blocks[1].scaling = width
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_texts_bits_do_not_depend_on_pieces_or_company(family: str, words: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Logits bit for bit, for every way of cutting a prompt, and tokens alone, together and in used pages."""
+    engine = Engine(quantized(family, tmp_path, words, "--method", "rtn", vocab_size=640), "packed")
+    assert engine.decoder is not None
+    (prompt,) = prompts(150)
+    logits = []
+    for chunk in (1, 7, 64, 150):
+        cache = engine.cache(160, chunk=chunk)
+        request = cache.admit(160)
+        assert request is not None
+        logits.append(engine.prefill(cache, request, prompt))
+    assert all(torch.equal(one_V, logits[0]) for one_V in logits)
+    asked = prompts(5, 90, 33)
+    alone = [answers(engine, [one])[0] for one in asked]
+    assert answers(engine, asked, chunk=5) == answers(engine, asked) == answers(engine, asked, at_once=2) == alone
+
+
+# Faults: one line is changed, the library is compiled anew, and the comparison that passes above must fail
+
+FAULTS = {
+    "a scale of another group": ("linear.h", "first[i] + size_t(g) * ROWS", "first[i] + size_t(groups - 1 - g) * ROWS"),
+    "no zero point": ("linear.h", "- zero[n / N] * x_sum[at]", ""),
+    "nibbles exchanged": ("linear.h", "one = half ? one >> 4 : one & 15,", "one = half ? one & 15 : one >> 4,"),
+    "a register too few": ("linear.h", "for (int r = 0; r < BITS; ++r,", "for (int r = 0; r < BITS - 1; ++r,"),
+    "not to the nearest": ("linear.h", "/ scale + 0x1.8p23f", "/ scale - 0.5f + 0x1.8p23f"),
+    "another token's scale": ("linear.h", "n % N * blocks + b", "b"),
+    "the bias of another tile": ("linear.h", "(n < N ? t : other) * ROWS", "t * ROWS"),
+    "half of the angles": ("block.cpp", "x[high] = b * cosine[high] + a * sine[high];", "x[high] = b * cosine[high];"),
+    "a position too few": ("block.cpp", "seen_to = int(high - low);", "seen_to = int(high - low) - 1;"),
+    "parts as they are": ("block.cpp", "std::exp(part[0] - most)", "1.0f"),
+    "queries of another group": ("block.cpp", "head * group) * width;", "head) * width;"),
+    "always the same page": ("block.cpp", "text.table[position / PAGE % text.pages]", "text.table[0]"),
+    "no eps": ("block.cpp", "/ count + eps", "/ count"),
+    "no residual": ("block.cpp", "block.down, s.x, count, hidden, true", "block.down, s.x, count, hidden, false"),
+    "up for gate": ("block.cpp", "activate(y[i], block.act) * y[n + i]", "activate(y[n + i], block.act) * y[i]"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:  # noqa: F811
+    return Engine(quantized("qwen2", tmp_path_factory.mktemp("qwen2"), words, "--method", "rtn"), "packed")
+
+
+QUICK = (
+    "a scale of another group", "no zero point", "a register too few", "a position too few", "parts as they are", "no residual",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault", [fault if fault in QUICK else pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS]
+)
+def test_a_fault_shows(fault: str, engine: Engine, library: Native, tmp_path: Path) -> None:
+    name, old, new = FAULTS[fault]
+    shutil.copytree(CPP, tmp_path / "cpp")
+    source = (tmp_path / "cpp" / name).read_text()
+    assert source.count(old) == 1
+    (tmp_path / "cpp" / name).write_text(source.replace(old, new))
+    faulty = build(tmp_path, tmp_path / "cpp" / "block.cpp", ("-march=native", "-fopenmp", "-O0"))
+    assert faulty is not None
+    linear = max(errors(faulty)) if name == "linear.h" else 0.0
+    assert linear > 1e-4 or blocks_differ(engine, faulty)[-1] > 1e-4
+
+
+@pytest.mark.parametrize("target", ["-march=x86-64", pytest.param("-march=x86-64-v3", marks=pytest.mark.slow)])
+def test_every_target_computes_the_same(target: str, engine: Engine, library: Native, tmp_path: Path) -> None:
+    """Processors without AVX2 get plain code."""
+    if platform.machine() != "x86_64":
+        pytest.skip("targets of another processor")
+    made = build(tmp_path, flags=(target, "-fopenmp", "-O1"))
+    assert made is not None and made.target == ("portable" if target == "-march=x86-64" else "AVX2")
+    assert max(errors(made)) < ORDER
+    assert blocks_differ(engine, made)[-1] < 1e-2
+
+
+@pytest.mark.parametrize("target", ["alderlake", "sapphirerapids"])
+def test_targets_that_are_not_here_compile(target: str, library: Native) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("targets of another processor")
+    command = [next(compilers()), f"-march={target}", "-O0", "-std=c++17", "-fsyntax-only", str(CPP / "block.cpp")]
+    subprocess.run(command, check=True, timeout=60)
+
+
+# Building
+
+
+def test_what_was_built_is_kept_and_built_again_where_it_is_damaged(library: Native, tmp_path: Path) -> None:
+    source, kept, other = tmp_path / "one.cpp", tmp_path / "kept", tmp_path / "other"
+    source.write_text('extern "C" int answer() { return 41; }')
+    found, flags = tuple(compilers()), ("-O0",)
+    first = compiled_library(source, kept, found, flags)
+    assert first is not None and first.functions.answer() == 41
+    (only,) = kept.iterdir()
+    written = only.stat().st_mtime_ns
+    assert compiled_library(source, kept, found, flags) is not None and only.stat().st_mtime_ns == written
+    other.mkdir()
+    (other / only.name).write_bytes(b"damaged")
+    again = compiled_library(source, other, found, flags)
+    assert again is not None and again.functions.answer() == 41
+    assert compiled_library(source, kept, (), flags) is None
+    assert compiled_library(source, kept, ("/bin/false",), flags) is None
+    assert compiled_library(source, Path("/proc/nowhere"), found, flags) is None  # nothing can be kept
+    source.write_text('extern "C" int answer() { return 42; }')
+    second = compiled_library(source, kept, found, flags)
+    assert second is not None and second.functions.answer() == 42 and len(list(kept.iterdir())) == 2
+    for wrong in ('extern "C" int missing(); extern "C" int answer() { return missing(); }', "no C++"):
+        source.write_text(wrong)
+        assert compiled_library(source, kept, found, flags) is None
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_without_a_compiler_torchs_kernels_run(engine: Engine, tmp_path: Path) -> None:
+    """And the bench says so; the answers are near each other."""
+    environment = {**os.environ, "PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "infopt.cli.main",
+        "bench",
+        str(engine.folder),
+        *["--prompt", "8", "--new-tokens", "3"],
+    ]
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kernels"] == {"int4pack": 8}
+    assert "int4pack x 8" in done.stderr and json.loads(done.stdout)["compiled"] is None
