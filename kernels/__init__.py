@@ -1,6 +1,6 @@
 """One operation, one meaning (`reference.py`), several backends. `prepare` picks the backend for a weight.
 
-A weight in memory is used by the processor (`cpu.py`), one on a GPU by the CUDA C++ kernels (`cuda/`: weights of 4 and 8 bits) or
+A weight in memory is used by the processor (`cpu.py`), one on a GPU by the CUDA C++ kernels (`cuda/`: 4 and 8 bits) or
 by Triton's (`triton/`: inputs in 8 bits too); on any other device it is an error here, not a slow surprise. `operators.py`
 has the operations without a weight's state.
 """
@@ -14,6 +14,7 @@ from infopt.errors import Unsupported
 if TYPE_CHECKING:  # torch is imported when a kernel is asked for, so that this package costs nothing to import
     from torch import Tensor
 
+    from infopt.grid import Inputs
     from infopt.qtensor import QTensor
 
 __all__ = ["Linear", "prepare"]
@@ -29,6 +30,10 @@ class Linear(Protocol):
     @property
     def nbytes(self) -> int:
         """Of the weight as it is kept, which is what a token reads."""
+
+    @property
+    def inputs(self) -> Inputs | None:
+        """How the kernel rounds what it reads, None where it does not (but to the type that it computes in)."""
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """y [..., O] in the dtype of x [..., I]."""

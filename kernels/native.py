@@ -49,10 +49,13 @@ class LinearStruct(ctypes.Structure):
 class BlockStruct(ctypes.Structure):
     """`Block` in `cpp/block.cpp`."""
 
-    _fields_ = [(name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")] + _fields(
-        pointer="norm mlp_norm q_norm k_norm",
-        float="eps mlp_eps q_eps k_eps scaling",
-        int="queries keys width act kind",
+    _fields_ = (
+        *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *_fields(
+            pointer="norm mlp_norm q_norm k_norm",
+            float="eps mlp_eps q_eps k_eps scaling",
+            int="queries keys width act kind",
+        ),
     )
 
 

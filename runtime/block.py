@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infopt import kernels
-from infopt.kernels.cpu import Precision
+from infopt.kernels.cpu import Precision, PreparedLinear
 from infopt.kernels.native import PackedWeight
 from infopt.kv_cache import with_cache
 from infopt.model import BlockCall
@@ -192,8 +192,8 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     whole = _one(found)
     if whole is not None:
         prepared = kernels.prepare(whole, precision)
-        ran = (prepared.kernel,)
-        return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, ran, prepared.weight, bias_O)
+        weight = prepared.weight if isinstance(prepared, PreparedLinear) else None
+        return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,), weight, bias_O)
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)
     return Linear(lambda x: torch.cat([linear(x) for linear in each], dim=-1), sum(one.nbytes for one in each), ran)

@@ -81,9 +81,9 @@ class Decoder:
         """The hidden states after these blocks, in place."""
         some = list(zip(self.blocks, step.cache.stores, strict=True))[layers]
         stores = [store.floats(block.heads[1], block.width) for block, store in some]
-        pages = (PagesStruct * len(some))(*((k.data_ptr(), v.data_ptr()) for k, v in stores))
+        pages = (PagesStruct * len(some))(*(PagesStruct(k.data_ptr(), v.data_ptr()) for k, v in stores))
         places = [place for window in self._windows for place in step.places(window, tokens)]
-        texts = (TextStruct * len(places))(*places)
+        texts = (TextStruct * len(places))(*(TextStruct(*place) for place in places))
         first = ctypes.byref(self._structs, (layers.start or 0) * ctypes.sizeof(BlockStruct))
         pointers = (cos_BQD.data_ptr(), sin_BQD.data_ptr(), hidden_BQC.data_ptr())
         count = len(step.requests) * len(tokens)
@@ -98,8 +98,8 @@ class Decoder:
 
 
 def _struct(block: FusedBlock, kind: int) -> BlockStruct:
-    linears = [linear.weight and linear.weight.with_bias(linear.bias_O) for linear in block.linears]
-    if None in linears or block.width % 8 or linears[2].rows != 2 * linears[3].columns:
+    linears = [linear.weight.with_bias(linear.bias_O) for linear in block.linears if linear.weight]
+    if len(linears) < len(block.linears) or block.width % 8 or linears[2].rows != 2 * linears[3].columns:
         raise ValueError("a block with other weights")
     norms = [block.norm, block.mlp_norm, *(block.head_norms or (None, None))]
     weights = (None if norm is None else _floats(norm).data_ptr() for norm in norms)
@@ -144,7 +144,8 @@ def proven(decoder: Decoder, model: Any, kinds: Sequence[LayerKind]) -> bool:
         wanted_1V = model(input_ids=id_[None], past_key_values=theirs, use_cache=True).logits[:, -1]
         if not near(decoder.plain(id_[None], ours), wanted_1V, OUTER) or not _blocks_agree(decoder, id_[None], ours):
             return False
-        theirs.commit(), ours.commit()
+        theirs.commit()
+        ours.commit()
     return True
 
 
