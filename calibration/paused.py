@@ -32,7 +32,7 @@ from infopt.experts import experts_in
 from infopt.memory import memory_of, release
 from infopt.topology import Space, Topology
 
-_FREED = 128 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
+_FREED = 64 << 20  # bytes given up by stopped passes, after which the gaps that they leave go back to the system
 
 
 @dataclass(frozen=True)
