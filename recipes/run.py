@@ -44,6 +44,8 @@ from infopt.recipes import experts
 from infopt.recipes.marks import BlockReport, Marks, file_digest
 from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
+from infopt.recipes.rotation import changed_by, rotated, summary
+from infopt.rewriters.rotate import Rotated
 from infopt.topology import Space, Topology
 
 _ERROR_ROWS = 256  # output channels of a layer whose error is reported, evenly spread
@@ -64,6 +66,8 @@ class Run:
         allocation: dict[str, Any] | None = None,
     ) -> None:
         self.allocation = allocation
+        if recipe.rotate and not isinstance(reader, Rotated):
+            reader = rotated(reader, recipe.calibration.seed)
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
         self.form = form
@@ -357,9 +361,11 @@ class Run:
             "topologies": {name: t.to_json() for name, t in self._topologies.items()},
             "blocks": [{"structure": r.structure, "notes": r.notes} for r in reports],
             "layers": {name: layer for r in reports for name, layer in r.layers.items()},
-            "rewritten": [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
+            "rewritten": changed_by(self.reader)
+            + [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
             "kept": self.plan.kept,
             **({"allocation": self.allocation} if self.allocation else {}),
+            **summary(self.reader),
         }
 
 
