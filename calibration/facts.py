@@ -35,7 +35,7 @@ def block_facts(folder: Path, skeleton: Skeleton) -> list[BlockFacts]:
         key = structure_key(skeleton.model.get_submodule(name))
         if key not in known:
             block = skeleton.load_block(i)
-            topology = _without_experts(recorded_topology(folder, i, block) or discover(skeleton, i), block)
+            topology = without_experts(recorded_topology(folder, i, block) or discover(skeleton, i), block)
             known[key] = BlockFacts(topology, find_cells(skeleton, i, topology))
             skeleton.free_block(i)
         facts.append(known[key])
@@ -61,8 +61,8 @@ def recorded_topology(folder: Path, i: int, block: nn.Module) -> Topology | None
     return topology
 
 
-def _without_experts(topology: Topology, block: nn.Module) -> Topology:
-    """The topology as tensor parallelism takes it: experts read a choice of the tokens, and every rank keeps them whole."""
+def without_experts(topology: Topology, block: nn.Module) -> Topology:
+    """The topology without its experts, which read a choice of the tokens: for questions about the other layers."""
     inside = tuple(f"{path}." for path in experts_in(block))
     if not inside:
         return topology

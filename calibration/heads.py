@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from infopt.calibration.cells import find_cells
 from infopt.calibration.discover import PROOF_SHAPE, TOLERANCE
+from infopt.calibration.facts import without_experts
 from infopt.cells import Cells
 from infopt.errors import Unsupported
 from infopt.heads import Attention, HeadWeights, Part, put, take, turned
@@ -41,6 +42,7 @@ def find_attention(skeleton: Skeleton, i: int, topology: Topology) -> Attention 
     Raises Unsupported for heads whose queries, keys and values cannot be told apart or are not made from one input.
     """
     name = skeleton.blocks[i]
+    topology = without_experts(topology, skeleton.model.get_submodule(name))
     try:
         found = [cells for cells in find_cells(skeleton, i, topology) if cells.mixes]
     except Unsupported as error:

@@ -38,6 +38,10 @@ def quantize(
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="GPTQ: important columns first, or in order.")
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="First turn residual stream and values by Hadamard matrices."),
+    ] = None,
     sequential: Annotated[
         Text,
         typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
@@ -57,7 +61,9 @@ def quantize(
     dataset: Annotated[Text, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Other than 0: sample the windows at random.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of a rotation's signs; other than 0: sample the windows at random.")
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -91,7 +97,7 @@ def quantize(
     one_heap()
     flags = {
         "bits": bits, "group_size": group_size, "symmetric": symmetric, "act_order": act_order, "ignore": ignore,
-        "sequential": sequential, "kv_cache": kv_cache, "min_expert_tokens": min_expert_tokens,
+        "rotate": rotate, "sequential": sequential, "kv_cache": kv_cache, "min_expert_tokens": min_expert_tokens,
         "target_bits": target_bits, "target_size": target_size,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
         "seqlen": seqlen, "seed": seed,
@@ -125,8 +131,7 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
                           "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
         data[section].update({key: given[key] for key in keys if given[key] is not None})
     data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
-    if flags["min_expert_tokens"] is not None:
-        data["min_expert_tokens"] = flags["min_expert_tokens"]
+    data.update({key: flags[key] for key in ("min_expert_tokens", "rotate") if flags.get(key) is not None})
     if name := flags["kv_cache"]:
         if name not in CACHES:
             raise UsageError(f"--kv-cache {name}", f"known: {', '.join(CACHES)}", "--kv-cache fp8")
@@ -164,6 +169,7 @@ def _run(
     from infopt.exporters.gguf_export import check_gguf
     from infopt.memory import release
     from infopt.output import OutputFolder
+    from infopt.recipes.rotation import tell
     from infopt.recipes.run import Run, needs_data
     from infopt.team import Team
 
@@ -199,6 +205,8 @@ def _run(
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Run(reader, recipe, steps, out, windows, data_report, form, team=team)
+        for line in tell(run.reader):
+            _note(line)
         if recipe.target and not dry_run:
             run = _allocate(run, windows)
         run.hold(_spare_memory(run, max_ram))

@@ -1,4 +1,4 @@
-"""`infopt rewrite`: fewer key-value heads, a sliding window, and the blocks healed of it."""
+"""`infopt rewrite`: rotated weights, fewer key-value heads, a sliding window, and the blocks healed of it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def rewrite(
     window: Annotated[int | None, typer.Option(min=2, help="A token attends to so many, itself included.")] = None,
     every: Annotated[int | None, typer.Option(min=2, help="Every so many layers, one keeps full attention.")] = None,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible (no model type has them).")] = 0,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Hadamard rotation of the residual stream and the values; easier to quantize."),
+    ] = False,
     heal: Annotated[bool, typer.Option(help="Train each block towards the original block's answers.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="Healing: steps a block.")] = RewriteOptions.steps,
     lr: Annotated[float, typer.Option(help="Healing: the learning rate.")] = RewriteOptions.lr,
@@ -46,7 +50,7 @@ def rewrite(
     dataset: Annotated[str, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = "builtin",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Other than 0: sample the windows at random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of a rotation's signs; other than 0: sample the windows at random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
@@ -59,7 +63,7 @@ def rewrite(
     min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
-    """Rewrite a model's attention: MHA to GQA or MQA, a sliding window. One block at a time, resumable, verified.
+    """Rewrite a model: rotated weights, MHA to GQA or MQA, a sliding window. One block at a time, resumable, verified.
 
     Example: infopt rewrite ./model --kv-heads 4 --dataset text.txt -o ./model-gqa
     """
@@ -68,6 +72,7 @@ def rewrite(
     options = RewriteOptions(
         kv_heads=kv_heads, grouping=group, merge=merge, refit=refit, heal=heal, steps=steps, lr=lr,
         checkpointing=checkpointing, curve=curve and heal and verify, window=window, every=every, sinks=sinks,
+        rotate=rotate, seed=seed if rotate else 0,
     )  # fmt: skip
     gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
     if not verify and any(value is not None for value in gates.values()):
@@ -115,7 +120,7 @@ def _run(
         _tell_plan(run)
         run(switches[1], _Progress(run.blocks))
         seconds = time.monotonic() - began
-        verdict, measured = None, _cache(run)
+        verdict, measured = None, _cache(run) if options.attention else {}
         if compared is not None:
             verdict, curves = _verify(run, source, compared, gates)
             measured |= curves
@@ -173,8 +178,13 @@ def _cache(run: RewriteRun) -> dict[str, Any]:
 
 
 def _tell_plan(run: RewriteRun) -> None:
+    from infopt.recipes.rotation import tell
     from infopt.report import note
 
+    for line in tell(run.reader):
+        note(line)
+    if not run.options.attention:
+        return
     if not run.plan.changes:
         note("the model is already so: every tensor is copied as it is")
         return
@@ -200,6 +210,8 @@ def _tell(run: RewriteRun, measured: dict[str, Any]) -> None:
                 for point in measured[key]
             ]
             table(name, ("state", "tokens a block", "KL", "perplexity", "same first choice"), rows)
+    if "cache" not in measured:
+        return
     cache = measured["cache"]
     one, whole = cache["bytes_per_token"], cache["bytes_of_context"]
     note(

@@ -108,7 +108,8 @@ class Recipe(_Strict):
     """steps: rows of {step name: {option: value}}, in order. ignore: glob or `re:` patterns of module paths. inputs: how
     the inputs of quantized layers are rounded, None if they are not. kv_cache: how the cache is, None for a float one.
     overrides: layers with other weights, the first that matches counts. target: a budget from which overrides are made.
-    Without steps the weights stay as they are, and only the cache is quantized.
+    Without steps the weights stay as they are, and only the cache is quantized. rotate: before anything else, turn the residual
+    stream and the values of every head by Hadamard matrices whose signs come from the calibration's seed.
 
     sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
     quantized blocks before its own (`block`).
@@ -122,6 +123,7 @@ class Recipe(_Strict):
     name: str = "custom"
     description: str = ""
     steps: tuple[dict[str, dict[str, Any]], ...] = Field(default=(), strict=False)
+    rotate: bool = False
     sequential: Literal["space", "block"] = "block"
     weights: WeightScheme = WeightScheme()
     inputs: InputScheme | None = None

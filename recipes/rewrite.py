@@ -1,4 +1,4 @@
-"""Rewrite a model's attention in the stream: fewer key-value heads, a sliding window, and blocks healed of it.
+"""Rewrite a model in the stream: rotated weights, fewer key-value heads, a sliding window, and blocks healed of it.
 
     for each block: run the original on the original's hidden states (its answers are what is wanted); regroup its heads;
     refit the output projection and train the block, both on the hidden states that the rewritten blocks before it give;
@@ -31,6 +31,7 @@ from infopt.output import OutputFolder, free_space_check, merge_shards, write_js
 from infopt.recipes.marks import BlockReport, Marks, file_digest
 from infopt.recipes.rewrite_block import BlockRewrite, Streams
 from infopt.recipes.rewrite_plan import plan_rewrite
+from infopt.recipes.rotation import changed_by, rotated, summary
 from infopt.rewriters.heal import StepCost
 from infopt.rewriters.options import RewriteOptions
 from infopt.rewriters.target import changed_config
@@ -47,6 +48,7 @@ class RewriteRun:
         windows_NT: Tensor | None,
         data_report: dict[str, Any] | None = None,
     ) -> None:
+        reader = rotated(reader, options.seed) if options.rotate else reader
         self.reader, self.options, self.output = reader, options, output
         self.source = Skeleton(model_config(reader.config), reader)
         self.plan = plan_rewrite(reader, self.source, options)
@@ -215,7 +217,8 @@ class RewriteRun:
             "blocks": [
                 {"structure": r.structure, "notes": r.notes, **next(iter(r.layers.values()))} for r in self._reports
             ],
-            "rewritten": [key for r in self._reports for key in r.rewritten],
+            "rewritten": sorted({*changed_by(self.reader), *(key for r in self._reports for key in r.rewritten)}),
+            **summary(self.reader),
         }
 
 

@@ -127,7 +127,7 @@ def _look_at(
     skeleton.load_block(i)
     try:
         topology = discover(skeleton, i)
-        before = find_attention(skeleton, i, topology)
+        before = find_attention(skeleton, i, topology) if options.attention else None
         if before is not None and options.kv_heads is not None:
             _check_grouping(before, options.kv_heads)
             before = prove_heads(skeleton, i, before) if regroups else before

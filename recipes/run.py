@@ -44,6 +44,8 @@ from infopt.recipes import experts
 from infopt.recipes.marks import BlockReport, Marks, file_digest
 from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
+from infopt.recipes.rotation import changed_by, rotated, summary
+from infopt.rewriters.rotate import Rotated
 from infopt.team import ALONE, Team
 from infopt.topology import Space, Topology
 
@@ -66,6 +68,8 @@ class Run:
         team: Team = ALONE,
     ) -> None:
         self.allocation, self.team = allocation, team
+        if recipe.rotate and not isinstance(reader, Rotated):
+            reader = rotated(reader, recipe.calibration.seed)
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
         self.skeleton = Skeleton(model_config(reader.config), reader)
         self.form = form
@@ -367,9 +371,11 @@ class Run:
             "topologies": {name: t.to_json() for name, t in self._topologies.items()},
             "blocks": [{"structure": r.structure, "notes": r.notes} for r in reports],
             "layers": {name: layer for r in reports for name, layer in r.layers.items()},
-            "rewritten": [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
+            "rewritten": changed_by(self.reader)
+            + [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
             "kept": self.plan.kept,
             **({"allocation": self.allocation} if self.allocation else {}),
+            **summary(self.reader),
         }
 
 

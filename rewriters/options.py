@@ -13,7 +13,8 @@ MERGES = ("lstsq", "mean", "first")
 
 @dataclass(frozen=True)
 class RewriteOptions:
-    """kv_heads, window: what changes; None leaves it. every: each such layer keeps full attention. The rest says how.
+    """kv_heads, window: what changes; None leaves it. every: each such layer keeps full attention. rotate: turn the residual
+    stream and the values first, with signs from the seed; the function stays. The rest says how.
 
     steps, lr: of the gradient healing of each block; a step is one batch of about 1024 tokens. curve: keep what the blocks
     were at some points of the healing, to measure the distance to the original against the tokens seen.
@@ -31,10 +32,12 @@ class RewriteOptions:
     window: int | None = None
     every: int | None = None
     sinks: int = 0
+    rotate: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kv_heads is None and self.window is None:
-            raise UsageError("nothing is to be rewritten", "give --kv-heads, --window, or both", "--kv-heads 4")
+        if not self.attention and not self.rotate:
+            raise UsageError("nothing is to be rewritten", "give --kv-heads, --window or --rotate", "--kv-heads 4")
         for name, value, known in (("--group", self.grouping, GROUPINGS), ("--merge", self.merge, MERGES)):
             if value not in known:
                 raise UsageError(f"{name} {value}", f"known: {', '.join(known)}", f"{name} {known[0]}")
@@ -44,10 +47,17 @@ class RewriteOptions:
             raise UsageError(f"--lr {self.lr}", "it must be above 0 and at most 1", f"--lr {RewriteOptions.lr}")
 
     @property
+    def attention(self) -> bool:
+        """Whether the attention changes, and with it what the model computes."""
+        return self.kv_heads is not None or self.window is not None
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text must be read."""
         regroups = self.kv_heads is not None
-        return self.heal or (regroups and (self.refit or self.merge == "lstsq" or self.grouping == "similarity"))
+        return (self.heal and self.attention) or (
+            regroups and (self.refit or self.merge == "lstsq" or self.grouping == "similarity")
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

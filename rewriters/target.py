@@ -77,7 +77,8 @@ def target_skeleton(skeleton: Skeleton, config: dict[str, Any]) -> tuple[Skeleto
     model = build_model(build_config(config, skeleton.weights), skeleton.dtype)
     # With duplicates: tied parameters are one until the outer parts have been loaded and freed.
     new = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    old = {name: tuple(parameter.shape) for name, parameter in skeleton.model.named_parameters(remove_duplicate=False)}
+    plain = build_model(skeleton.config, skeleton.dtype)  # with stacked experts, as the new one has them
+    old = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters(remove_duplicate=False)}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in new.keys() | old.keys():
         if new.get(name) == old.get(name):

@@ -178,7 +178,8 @@ def passed_through(reader: CheckpointReader, original: CheckpointReader) -> Chec
         if isinstance(reader, QuantizedReader)
         else set()
     )
-    problems = [f"{name} is not in the original" for name in reader.tensors if name not in original.tensors]
+    known = original.tensors.keys() | set(report.get("added", ()))  # a head that was tied to the embedding
+    problems = [f"{name} is not in the original" for name in reader.tensors if name not in known]
     copied = 0
     for name in original.tensors:
         if name not in reader.tensors:
