@@ -87,8 +87,8 @@ class Run:
         if needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
-            twin = "shift" in _needs(steps)
-            self._stream = Stream(self.skeleton, team.share(windows_NT), output.work / "hidden", twin, team)
+            share_NT, twin = team.share(windows_NT), "shift" in _needs(steps)
+            self._stream = Stream(self.skeleton, share_NT, output.work / "hidden", twin, team)
             self._stream.min_expert_tokens = recipe.min_expert_tokens
         self._topologies: dict[str, Topology] = {}
         self._structures: dict[Any, str] = {}
@@ -117,14 +117,13 @@ class Run:
     @property
     def _walks(self) -> bool:
         """Whether rounding stops at every space."""
-        data = any(step.needs for step in self.steps if not step.rewrites)
-        return self.recipe.sequential == "space" and data
+        return self.recipe.sequential == "space" and any(step.needs for step in self.steps if not step.rewrites)
 
     @property
     def gathers(self) -> bool:
         """Whether the statistics of a whole block are held at once."""
-        needed = any(step.needs for step in self.steps)
-        return self.needs_data and needed and (not self._walks or any(step.rewrites for step in self.steps))
+        steps = [step for step in self.steps if step.rewrites or not self._walks]
+        return self.needs_data and any(step.needs for step in steps)
 
     @property
     def batch_tokens(self) -> int:
@@ -142,9 +141,8 @@ class Run:
         """
         free_space_check(self.output.work, 2 * sum(info.nbytes for info in self.reader.tensors.values()) // 3)
         done = self._resume() if resume else []
-        if not self.team.same(len(done)):
-            done = []  # a crash between two processes' marks
-        if not done:
+        if not self.team.same(len(done)) or not done:  # processes may have died between each other's marks
+            done = []
             self._marks.restart(self.fingerprint(), self._stream.start() if self._stream else None)
         for report in done:
             on_block(report, True)
@@ -174,7 +172,7 @@ class Run:
         # A crash between a mark and the next leaves the last mark's hidden states; they are needed unless all is done.
         begun = self._marks.read(self.fingerprint(), lambda i, digest: self._stream is None or i == self.blocks or
                                  self._stream.holds(i, digest))  # fmt: skip
-        if begun is None:
+        if not begun:
             return []
         reports, self._topologies = begun
         for i, report in enumerate(reports):  # structures are numbered as they are met: go on with the same numbers
@@ -206,8 +204,7 @@ class Run:
             layers, hidden, scales = self._quantize(i, work)
         finally:
             work.close()
-        missed = [op for op in self._planned(i) if op not in work.results]
-        if missed:
+        if missed := [op for op in self._planned(i) if op not in work.results]:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
         if self.team.writes:
             self._write_part(i, work, scales)
@@ -252,8 +249,8 @@ class Run:
             return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding)), scales
         for space in work.topology.spaces:
             round_space(space)
-        last = i + 1 == self.blocks
-        return layers, self._stream.advance(i, work.block) if self._stream and not last else None, scales
+        onward = self._stream if i + 1 < self.blocks else None
+        return layers, onward.advance(i, work.block) if onward else None, scales
 
     def _cache_scales(self, i: int, block: nn.Module) -> CacheScales | None:
         if self.cache is None or self.cache.strategy == "token" or self._stream is None:
