@@ -30,6 +30,7 @@ from infopt.rewriters.hadamard import rotation
 from infopt.rewriters.rotate import Change, Rotated
 
 TOLERANCE = 1e-4  # relative, float32
+_ADDED = 1e-3  # of its input: a block that adds less is compared as if it added so much
 _FIX = "leave --rotate out for this model"
 
 
@@ -247,8 +248,9 @@ def _prove(skeleton: Skeleton, exact: Rotated, first: dict[Hashable, int]) -> di
         skeleton.free_block(i)
         answer_BTC = call.run(turned.load_block(i), turn(x_BTC))
         turned.free_block(i)
-        # What the block adds to its input: the input itself would hide an error.
-        errors[skeleton.blocks[i]] = _error(turn(y_BTC - x_BTC), answer_BTC - turn(x_BTC))
+        # What the block adds to its input: the input itself would hide an error. Its own rounding counts where that is little.
+        floor = _ADDED * float(x_BTC.norm())
+        errors[skeleton.blocks[i]] = _error(turn(y_BTC - x_BTC), answer_BTC - turn(x_BTC), floor)
     for name, error in errors.items():
         if not error <= TOLERANCE:
             raise Unsupported(
@@ -259,5 +261,5 @@ def _prove(skeleton: Skeleton, exact: Rotated, first: dict[Hashable, int]) -> di
     return errors
 
 
-def _error(wanted: Tensor, given: Tensor) -> float:
-    return float((given - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _error(wanted: Tensor, given: Tensor, floor: float = 1e-30) -> float:
+    return float((given - wanted).norm() / wanted.norm().clamp(min=floor))

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from infopt.checkpoint import CheckpointReader
+from infopt.errors import BadInput
 from infopt.residual import NEUTRAL
 from infopt.rewriters.hadamard import Rotation
 from infopt.rewriters.target import changed_config
@@ -66,7 +67,8 @@ class Rotated(CheckpointReader):
     """The checkpoint of `folder` with the changes made to its tensors, by their names; the others come as they are.
 
     stream, head: the rotations of the residual stream and of each head's values. exact: tensors come in float32, not
-    rounded to the stored type; for proofs. report: what goes into infopt.json.
+    rounded to the stored type; for proofs. report: what goes into infopt.json. `get` raises BadInput for values that are not
+    finite: they would spread over the whole tensor.
     """
 
     def __init__(
@@ -93,6 +95,16 @@ class Rotated(CheckpointReader):
         change = self.changes.get(name)
         if change is None:
             return super().get(name)
+        turned = self._turned(change, name)
+        if not bool(torch.isfinite(turned).all()):
+            raise BadInput(
+                f"{self.folder}: {name} cannot be rotated",
+                "it, or the norm before it, holds values that are NaN, infinite or near the largest of their type",
+                "repair or download the model again",
+            )
+        return turned
+
+    def _turned(self, change: Change, name: str) -> Tensor:
         info = self.tensors[name]
         dtype = torch.float32 if self.exact else info.dtype
         if change.neutral is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -176,6 +176,30 @@ def test_with_fewer_key_value_heads(tmp_path):
     assert "passed" in done.err
 
 
+@pytest.mark.parametrize("bad", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_nan_is_not_spread(bad, tmp_path):
+    folder = make("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[bad].view(-1)[3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = infopt("rewrite", folder, "--rotate", "--no-verify", "-o", tmp_path / "out")
+    assert done.code == 3, done.err
+    assert "cannot be rotated" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_weight(tmp_path):
+    """Blocks that add nothing, or next to nothing, to what they are given."""
+    folder = make("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.0.{name}.weight"].zero_()
+        tensors[f"model.layers.1.{name}.weight"].mul_(1e-5)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    errors = rotated(CheckpointReader(folder), 0).report["errors"]
+    assert max(errors.values()) < 1e-5
+
+
 # What is found
 
 
@@ -223,8 +247,6 @@ def test_refused(family, tmp_path):
 
 
 def test_a_matrix_that_the_definition_ignores_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
     folder = make("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "mtp.eh_proj.weight": torch.zeros(64, 64)}, folder / "model.safetensors", {"format": "pt"})
