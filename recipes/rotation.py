@@ -153,11 +153,11 @@ def _block(skeleton: Skeleton, i: int, found: _Found) -> dict[str, Change]:
     values = heads.value.op if heads else None
     out = heads.out if heads else None
     for name in dict.fromkeys((*residual.readers, *residual.writers, *filter(None, (values, out)))):
-        norm = residual.readers.get(name)
+        read = residual.readers.get(name)
         writes = name in residual.writers
         rows = heads.value.channels if heads and name == values else None
         changes[_key(skeleton, i, f"{name}.weight")] = Change(
-            norm=(_key(skeleton, i, f"{norm}.weight"), residual.norms[norm]) if norm else None,
+            norm=(_key(skeleton, i, f"{read}.weight"), residual.norms[read]) if read else None,
             reads=name in residual.readers,
             writes=writes,
             values=rows,
