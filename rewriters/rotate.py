@@ -10,8 +10,14 @@ Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456). With hidden states as rows, x b
                     attention mixes tokens and never a head's channels, and grouped heads share one R
 
 so nothing is left to do when the model runs. An outlier channel of the residual stream becomes a part of every channel, and
-groups of weights that shared a scale with it no longer do. Left out: QuaRot's rotations at run time (of what the last
-projection of an MLP reads, of queries and keys), since no server would compute them.
+groups of weights that shared a scale with it no longer do.
+
+What is lost: where a norm's small weights hold massive channels down, plain rounding left small errors in just those columns.
+After the rotation the error is even over all channels and meets the massive ones at full size, so the output error of layers
+behind such a norm can grow while the error of their weights falls.
+
+Left out: QuaRot's rotations at run time (of what the last projection of an MLP reads, of queries and keys), since no server
+would compute them.
 
 `Rotated` is a reader, so whatever reads a checkpoint (a rewrite, every method of quantization) reads a rotated one without
 knowing. Products are made in float64, in pieces, and rounded once to the stored type.
