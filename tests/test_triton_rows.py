@@ -12,7 +12,8 @@ from infopt.kernels import reference
 from infopt.kernels.triton import numeric, rows
 from tests.triton_tools import assert_caught, assert_close, assert_codes, planted, poisoned
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+# The interpreter cuts bits off where a GPU rounds: up to 2^-7 of a BF16 value.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 4e-4}
 KINDS = {"int8": "int", "fp8": "float"}
 
 
