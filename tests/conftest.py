@@ -6,7 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported: kernels run without a GPU, on the processor
 
-import pytest  # noqa: E402  (after the settings above)
+import pytest
 
 
 @pytest.fixture(autouse=True)
