@@ -14,7 +14,7 @@ import torch
 
 from infopt.team import Team
 
-_PANEL = 256  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
+_PANEL = 96  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
 _SAMPLE = 1024  # rows of a sample, at most; half of them are dropped when there are more
 _STRIDE = 32  # every so many tokens one goes into the sample, at first
 EVERYTHING = frozenset({"gram", "mean", "max", "sample"})
@@ -92,8 +92,10 @@ class InputStats:
     @property
     def gram(self) -> torch.Tensor:
         self._check("gram")
-        upper = self._upper_CC.triu()
-        return upper + upper.triu(1).T
+        upper_CC = self._upper_CC.triu()
+        gram_CC = upper_CC + upper_CC.T
+        gram_CC.diagonal().mul_(0.5)  # exact, and it was counted twice
+        return gram_CC
 
     @property
     def shift(self) -> torch.Tensor:

@@ -3,8 +3,7 @@
 glibc keeps freed pieces of up to 32 MiB for itself, once it has seen larger ones freed, and a decoder block is made of
 such pieces: streaming a 135M model through one block at a time grew from 450 to 950 MB of resident memory, all of it
 free, in the gaps between small things that live on. Asking for the gaps after every block costs a few milliseconds and
-stays at 400 MB. Refused: a fixed threshold (`mallopt`), which changes the allocator for the whole process of whoever
-imports infopt, and costs a quarter more time in page faults.
+stays at 400 MB. Refused: a small fixed threshold (`mallopt`), which costs a quarter more time in page faults.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_KEPT = 32 << 20  # the largest threshold that glibc accepts
+
+
 def release() -> None:
     """Return what was freed to the system, where the C library can (glibc); elsewhere nothing happens."""
     if sys.platform == "linux":
@@ -27,12 +29,18 @@ def release() -> None:
 
 
 def one_heap() -> None:
-    """Let all threads of the process take memory from one heap (glibc): each thread's own keeps its own gaps, a tenth of
-    the memory that quantizing needs. For a program's first lines, not for a library's."""
+    """Let all threads of the process take memory from one heap (glibc), and keep what is freed until `release`.
+
+    Each thread's own heap keeps its own gaps, a tenth of the memory that quantizing needs; and giving back every few
+    megabytes that a batch freed, to take them again for the next one, is a sixth of the time (page faults). For a
+    program's first lines, not for a library's.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(-8, 1)  # M_ARENA_MAX
+            mallopt(-3, _KEPT)  # M_MMAP_THRESHOLD: smaller pieces come from the heap
+            mallopt(-1, _KEPT)  # M_TRIM_THRESHOLD: free memory at its end, from which on some is given back
 
 
 def available() -> int | None:

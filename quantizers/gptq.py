@@ -1,17 +1,19 @@
 """GPTQ: round one column after another, and let the columns not yet rounded make up for the error.
 
-Frantar et al. 2022 (arXiv:2210.17323): with H = X^T X + damping and U the upper Cholesky factor of H^-1 (U^T U = H^-1),
+Frantar et al. 2022 (arXiv:2210.17323) choose the columns one by one and spread each one's error over the columns after it,
+by way of the inverse of H = X^T X + damping. The same choice follows from H itself (LDLQ; Chee et al. 2023,
+arXiv:2307.13304, theorem 6): with H = U U^T, U upper triangular, and errors E = W - Q, the output error is
 
-    q_j = Q(w_j),   e_j = (w_j - q_j) / U_jj,   w_k -= e_j U_jk  for every k > j
+    ||E X^T||^2 = ||E U||^2,   (E U)_k = U_kk (e_k + sum_{j<k} e_j U_jk / U_kk)
 
-minimises ||X (W - Q)^T||^2 greedily. Changed here, and why:
+so column k is best rounded from w_k + sum_{j<k} e_j F_jk, F = U diag(U)^-1. Changed here, and why:
+- Nothing is inverted: half of the work, and no squared condition number. U comes from the Cholesky factor L of the
+  reversed H, U = P L P.
 - The rows of all ops that read one space are solved together: they share H, and one factorisation serves them.
-- U comes from one Cholesky factorisation of the reversed H, U = P L^-1 P, not from inverting H and factorising again: half
-  of the work, and no squared condition number.
 - Columns are halved recursively, so that nearly all of the compensation is matrix products; the definition's loop over
   single columns remains only for the last few (`_LEAF`). The weights lie transposed, a column contiguous in memory.
 - A group's range is chosen when the group is reached, from the compensated weights, by the error that GPTQ itself counts:
-  rounding column j by d costs (d / U_jj)^2 once the later columns have made up for it. Weighting by the diagonal of H, as
+  rounding column j by d costs (d U_jj)^2 once the later columns have made up for it. Weighting by the diagonal of H, as
   if nothing were made up for, leaves up to a fifth more error (SmolLM2's q/k/v with act-order). With act-order
   (columns by falling diagonal of H) ranges come from the original columns instead: *static groups*, a layout that
   every server takes, because the permutation leaves no trace on disk.
@@ -38,41 +40,27 @@ _RATIOS = (1.0, 1.04, *CLIPPING[1:10])
 _CHUNK = 128  # columns per update of the rest, where a group is a whole channel
 
 
-def inverse_factor(h_CC: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
-    """(U [C, C] with U^T U = (H + d I)^-1, the damping used as a fraction of the mean diagonal).
+def feedback(h_CC: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(F, diag(U)^2 [C], the damping used as a fraction of the mean diagonal); F = U diag(U)^-1 [C, C], U U^T = H + d I.
 
     Channels that no input reached get a diagonal of one: they stay uncoupled and are simply rounded.
     """
-    diagonal = h_CC.diagonal()
-    base_CC = h_CC + torch.diag(torch.where(diagonal > 0, 0.0, 1.0))
-    mean = base_CC.diagonal().mean()
+    reversed_CC = h_CC.flip(0, 1)
+    diagonal_C = reversed_CC.diagonal().clone()
+    diagonal_C[diagonal_C <= 0] = 1.0
+    mean = diagonal_C.mean()
     while damp < 1e3:
-        damped_CC = base_CC + damp * mean * torch.eye(len(h_CC))
-        lower_CC, info = torch.linalg.cholesky_ex(damped_CC.flip(0, 1))
-        if info == 0 and bool(torch.isfinite(lower_CC).all()):
-            return _inverse_lower(lower_CC).flip(0, 1).contiguous(), damp
+        reversed_CC.diagonal().copy_(diagonal_C + damp * mean)
+        lower_CC, info = torch.linalg.cholesky_ex(reversed_CC)
+        if info == 0 and bool(torch.isfinite(lower_CC.diagonal()).all()):
+            u_CC = lower_CC.flip(0, 1).contiguous()
+            return u_CC / u_CC.diagonal(), u_CC.diagonal().square(), damp
         damp = max(damp * 10, 1e-4)
     raise Unsupported(
         "The calibration inputs of this space are not finite.",
         "No damping makes their Hessian positive definite.",
         "Check the model with `infopt verify MODEL`, or quantize it with --method rtn.",
     )
-
-
-def _inverse_lower(lower_CC: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix by halves: a third of the work of solving for the identity.
-
-    [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]
-    """
-    count = len(lower_CC)
-    if count <= 96:
-        return torch.linalg.solve_triangular(lower_CC, torch.eye(count), upper=False)
-    head, tail = slice(0, count // 2), slice(count // 2, count)
-    inverse_CC = torch.zeros_like(lower_CC)
-    inverse_CC[head, head] = _inverse_lower(lower_CC[head, head])
-    inverse_CC[tail, tail] = _inverse_lower(lower_CC[tail, tail])
-    inverse_CC[tail, head] = -(inverse_CC[tail, tail] @ (lower_CC[tail, head] @ inverse_CC[head, head]))
-    return inverse_CC
 
 
 def solve(
@@ -82,13 +70,15 @@ def solve(
     rows, columns = w_OI.shape
     width = grid.width(columns)
     order = h_CC.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    u_CC, damp = inverse_factor(h_CC[order][:, order], damp)
-    cost_C = torch.empty(columns)
-    cost_C[order] = u_CC.diagonal() ** -2
+    if act_order:
+        h_CC = h_CC.index_select(0, order).index_select(1, order)
+    feed_CC, cost_C, damp = feedback(h_CC, damp)
+    cost_C = torch.empty(columns).index_copy_(0, order, cost_C)
     fixed = None
     if act_order or grid.group is None or grid.rows != 1:
         fixed = choose_range(w_OI, grid, cost_C, _RATIOS)
-    w_IO = w_OI.T[order].contiguous()
+    w_IO = w_OI.T.contiguous()[order]
+    left_IO = w_IO.clone()  # w and what the columns before have left to make up for; then the errors
     codes_IO = torch.empty_like(w_IO)
     groups = -(-columns // width)
     scale_GO, zero_GO = torch.empty(groups, rows), torch.empty(groups, rows)
@@ -100,49 +90,58 @@ def solve(
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         group_I = order[start:stop] // width
+        feed_KK = feed_CC[start:stop, start:stop]
         if not fixed:
-            scale_O1, zero_O1 = choose_range(w_IO[start:stop].T, grid, cost_C[start:stop], _RATIOS)
+            w_KO = w_IO[start:stop] + _settled(left_IO[start:stop] - w_IO[start:stop], feed_KK)
+            scale_O1, zero_O1 = choose_range(w_KO.T, grid, cost_C[start:stop], _RATIOS)
             scale_GO[start // width], zero_GO[start // width] = scale_O1[:, 0], zero_O1[:, 0]
         error_KO = _solve_columns(
             w_IO[start:stop],
+            left_IO[start:stop],
             codes_IO[start:stop],
-            u_CC[start:stop, start:stop],
+            feed_KK,
             grid,
             scale_GO[group_I],
             zero_GO[group_I],
         )
-        w_IO[stop:].addmm_(u_CC[start:stop, stop:].T, error_KO, alpha=-1)
+        left_IO[stop:].addmm_(feed_CC[start:stop, stop:].T, error_KO)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     codes_OI[:, order] = grid.pack(codes_IO).T
     scale_RG, zero_RG = fixed or (scale_GO.T.contiguous(), zero_GO.T.contiguous())
     return QTensor(codes_OI, scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid), damp
 
 
+def _settled(debt_KO: torch.Tensor, feed_KK: torch.Tensor) -> torch.Tensor:
+    """What must be added to some columns [K, O] to make up for all errors so far, were they not to be rounded: a column
+    that moves is an error of its own to those after it."""
+    return torch.linalg.solve_triangular(feed_KK.T, debt_KO, upper=False, unitriangular=True)
+
+
 def _solve_columns(
     w_KO: torch.Tensor,
+    left_KO: torch.Tensor,
     codes_KO: torch.Tensor,
-    u_KK: torch.Tensor,
+    feed_KK: torch.Tensor,
     grid: Grid,
     scale_KO: torch.Tensor,
     zero_KO: torch.Tensor,
 ) -> torch.Tensor:
-    """Solve some columns in place: w_KO becomes their errors e [K, O], for whoever comes after them."""
+    """Solve some columns: left_KO becomes their errors e [K, O], for whoever comes after them."""
     count = len(w_KO)
     if count > _LEAF:
-        half = count // 2
-        left, right = slice(0, half), slice(half, count)
-        first = _solve_columns(w_KO[left], codes_KO[left], u_KK[left, left], grid, scale_KO[left], zero_KO[left])
-        w_KO[right].addmm_(u_KK[left, right].T, first, alpha=-1)
-        _solve_columns(w_KO[right], codes_KO[right], u_KK[right, right], grid, scale_KO[right], zero_KO[right])
-        return w_KO
-    columns = zip(*(part.unbind() for part in (w_KO, codes_KO, scale_KO, zero_KO)), strict=True)
-    for j, (w_O, codes_O, scale_O, zero_O) in enumerate(columns):
-        codes_O.copy_(grid.encode(w_O, scale_O, zero_O))
-        # The row of w turns into the row of e: nothing reads the weight after its own column is done.
-        w_O.sub_(grid.decode(codes_O, scale_O, zero_O)).div_(u_KK[j, j])
+        for half in (slice(0, count // 2), slice(count // 2, count)):
+            if half.start:
+                left_KO[half].addmm_(feed_KK[: half.start, half].T, left_KO[: half.start])
+            _solve_columns(w_KO[half], left_KO[half], codes_KO[half], feed_KK[half, half], grid, scale_KO[half],
+                           zero_KO[half])  # fmt: skip
+        return left_KO
+    columns = zip(*(part.unbind() for part in (w_KO, left_KO, codes_KO, scale_KO, zero_KO)), strict=True)
+    for j, (w_O, left_O, codes_O, scale_O, zero_O) in enumerate(columns):
+        codes_O.copy_(grid.encode(left_O, scale_O, zero_O))
+        torch.sub(w_O, grid.decode(codes_O, scale_O, zero_O), out=left_O)
         if j + 1 < count:
-            w_KO[j + 1 :].addr_(u_KK[j, j + 1 :], w_O, alpha=-1)
-    return w_KO
+            left_KO[j + 1 :].addr_(feed_KK[j, j + 1 :], left_O)
+    return left_KO
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from infopt.qtensor import QTensor
 from infopt.quantizers.work import BlockWork
 from infopt.topology import Op, Space
 
-_CHUNK = 128  # rows whose candidates are tried together
+_CHUNK = 256  # rows whose candidates are tried together
 CLIPPING = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 NEAR = tuple(1 + i / 128 for i in sorted(range(-6, 7), key=abs))  # steps of the significant bits of a bf16 scale
 
@@ -49,24 +49,21 @@ def choose_range(
     w_OGK = F.pad(w_OI, (0, -columns % width)).view(rows, -1, width)
     low_RG = -_by_rows(-w_OGK.amin(-1), grid, "amax").clamp_min(0)
     high_RG = _by_rows(w_OGK.amax(-1), grid, "amax").clamp_min(0)
-    best = grid.range(low_RG * ratios[0], high_RG * ratios[0])
+    ratios_N11 = torch.tensor(ratios)[:, None, None]
+    scale_NRG, zero_NRG = grid.range(low_RG * ratios_N11, high_RG * ratios_N11)
     if len(ratios) == 1:
-        return best
+        return scale_NRG[0], zero_NRG[0]
     if weight is not None and weight.dim() == 1:
         weight = F.pad(weight, (0, -columns % width))
 
     def error(scale_RG: torch.Tensor, zero_RG: torch.Tensor) -> torch.Tensor:
-        scale, zero = (part.repeat_interleave(grid.rows or rows, 0)[:rows, :, None] for part in (scale_RG, zero_RG))
-        return _by_rows(_error(w_OGK, grid, scale, zero, weight), grid, "sum")
+        if grid.rows != 1:
+            scale_RG, zero_RG = (part.repeat_interleave(grid.rows or rows, 0)[:rows] for part in (scale_RG, zero_RG))
+        return _by_rows(_error(w_OGK, grid, scale_RG[..., None], zero_RG[..., None], weight), grid, "sum")
 
-    least_RG = error(*best)
-    for ratio in ratios[1:]:
-        scale, zero = grid.range(low_RG * ratio, high_RG * ratio)
-        error_RG = error(scale, zero)
-        better = error_RG < least_RG
-        least_RG = torch.where(better, error_RG, least_RG)
-        best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
-    return best
+    errors_NRG = torch.stack([error(scale, zero) for scale, zero in zip(scale_NRG, zero_NRG, strict=True)])
+    best_1RG = errors_NRG.argmin(0, keepdim=True)  # the first of equals
+    return scale_NRG.gather(0, best_1RG)[0], zero_NRG.gather(0, best_1RG)[0]
 
 
 def _by_rows(part_OG: torch.Tensor, grid: Grid, how: str) -> torch.Tensor:
