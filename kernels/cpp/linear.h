@@ -186,6 +186,7 @@ template <int BITS, class Scale, int N>
 void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Floats* y) {
     const int blocks = w.columns / BLOCK, groups = blocks / w.group, bytes = BITS * 32;
     const uint8_t* codes[2] = {w.codes + size_t(t) * blocks * bytes, w.codes + size_t(other) * blocks * bytes};
+    const size_t ahead = size_t(other == t + 1 ? 2 : 1) * blocks * bytes;  // the next two tiles are on their way meanwhile
     const size_t first[2] = {size_t(t) * groups * ROWS, size_t(other) * groups * ROWS};
     const int8_t* x_codes = x.codes + size_t(token) * w.columns;
     const float *x_scale = x.scale + size_t(token) * blocks, *x_sum = x.sum + size_t(token) * blocks;
@@ -201,6 +202,8 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
             if (w.zero) zero[i] = Bf16::widen((const char*)w.zero + place * Bf16::size) - (BITS == 4 ? 0.0f : SHIFT);
         }
         for (int end = b + w.group; b < end; ++b) {
+            UNROLLED for (int i = 0; i < BITS * 32; i += 64)
+                __builtin_prefetch(codes[0] + ahead + i, 0, 2), __builtin_prefetch(codes[1] + ahead + i, 0, 2);
             Sum<BITS> sums[2 * N];
             for (int r = 0; r < BITS; ++r, codes[0] += 32, codes[1] += 32) {
                 UNROLLED for (int half = 0; half < 8 / BITS; ++half) {
