@@ -2,7 +2,8 @@
 
 What is checked when a reader is made, all of it from headers and small files, so in milliseconds:
 
-* `config.json` is strict JSON, an object, and asks for no code of its own (`auto_map`): remote code is never run.
+* `config.json` is strict JSON, an object, and asks for no code of its own: remote code is never run. Its `auto_map` is
+  dropped: models whose code transformers has taken over since still carry one, and an unknown type is refused anyway.
 * The weights are safetensors. Pickles (`*.bin`, `*.pt`) can run code when loaded, so they are refused, not converted.
 * The index names plain files of this folder. An index is a list of paths chosen by a stranger: `../../secret` in it, or
   a link with a harmless name, would copy another model's tensors, or any file, into a published output. So each file
@@ -217,6 +218,7 @@ def _check_config(data: bytes, path: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise BadInput(f"{path} has no model_type", f"It is {show(model_type)}.", f"cat {quote(str(path))}")
+    config.pop("auto_map", None)
     key = _asks_for_code(config)
     if key:
         why = "Code that comes with a model (remote code) is never run."

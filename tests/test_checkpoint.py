@@ -272,7 +272,7 @@ def test_a_missing_or_huge_config_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}},
+        {"trust_remote_code": True},
         {"quantization_config": {"bits": 4, "trust_remote_code": True}},
         {"parts": [{"auto_map": "x"}]},
     ],
@@ -282,8 +282,15 @@ def test_remote_code_is_refused_as_unsupported(tmp_path: Path, extra: dict[str, 
     (folder / "config.json").write_text(json.dumps(CONFIG | extra))
     error = complaint(Unsupported, lambda: CheckpointReader(folder), "never run")
     assert error.exit_code == 4
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"trust_remote_code": False, "auto_map": None}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"trust_remote_code": False}))
     CheckpointReader(folder)
+
+
+def test_an_auto_map_is_dropped(tmp_path: Path) -> None:
+    """Models whose definition went into transformers still carry one; nobody after us may run its code either."""
+    folder = make(tmp_path / "m")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}))
+    assert CheckpointReader(folder).config == CONFIG
 
 
 # --- what is copied, what identifies a model, where it comes from
