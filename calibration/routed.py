@@ -29,7 +29,7 @@ import torch
 from infopt.calibration.lanes import LANES
 from infopt.calibration.paused import Arrival
 from infopt.calibration.stats import EVERYTHING, InputStats
-from infopt.experts import Expert, Experts, add, routed
+from infopt.experts import Expert, Experts, add, routed, somebody
 from infopt.team import ALONE, Team
 from infopt.topology import Space
 from infopt.writer import os_errors
@@ -40,12 +40,13 @@ AtSpace = Callable[[Space, InputStats], None]
 @dataclass(frozen=True)
 class _Route:
     """What one batch has for one expert: the batch's lane, its rows of the layer's input, the tokens among them, their
-    weights."""
+    weights; and which of the rows are tokens at all."""
 
     lane: int
     rows: slice
     token: torch.Tensor
     weight: torch.Tensor
+    real: torch.Tensor
 
 
 class RoutedLayer:
@@ -75,7 +76,7 @@ class RoutedLayer:
         """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves."""
         for number, expert in enumerate(self._experts.each()):
             routes = [
-                _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights))
+                _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights), somebody(arrival.index))
                 for batch, (rows, arrival) in sorted(self._arrivals.items())
             ]
             count = self._team.total(sum(len(route.token) for route in routes))
@@ -103,7 +104,7 @@ class RoutedLayer:
         lanes = [InputStats(first.width, self._needs) for _ in range(LANES)]
         for route in routes:
             x_TH = self._input(route)
-            lanes[route.lane].add(x_TH if everyone else x_TH[route.token])
+            lanes[route.lane].add(x_TH[route.real if everyone else route.token])
         at_space(first, self._whole(lanes, count))
 
         lanes = [InputStats(last.width, self._needs) for _ in range(LANES)]
@@ -111,7 +112,7 @@ class RoutedLayer:
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
             x_TH = self._input(route)
             inner.copy_(expert.inner(x_TH[route.token]))
-            lanes[route.lane].add(expert.inner(x_TH) if everyone else inner)
+            lanes[route.lane].add(expert.inner(x_TH[route.real]) if everyone else inner)
         inner_NI.release()
         at_space(last, self._whole(lanes, count))
 

@@ -226,3 +226,29 @@ def test_tokenizers_load_from_a_folder_and_bad_ones_are_refused(tmp_path, tokeni
     for name in ("empty", "broken", "absent"):
         with pytest.raises(BadInput, match="tokenizer"):
             load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_windows_of_their_own(tmp_path, tokenizer, side):
+    """Cut after seqlen tokens, filled up behind; the tokenizer's own pad token and side play no part."""
+    tokenizer.padding_side, tokenizer.pad_token = side, "!"
+    lines = [json.dumps({"text": row}) for row in ("short", "", "a row that is cut", "exactly8", "more")]
+    ids_NT, report = windows(write(tmp_path, "a.jsonl", "\n".join(lines)), tokenizer, padding=True, num_samples=3)
+    rows = [tokenizer(row).input_ids for row in ("short", "a row th", "exactly8")]
+    assert ids_NT.tolist() == [row + [-1] * (8 - len(row)) for row in rows]
+    assert report["tokens"] == 5 + 17 + 8 and report["tokens_used"] == 5 + 8 + 8
+    assert (report["rows_read"], report["rows_empty"], report["rows_cut"], report["windows"]) == (5, 1, 1, 3)
+    drawn = [windows(tmp_path / "a.jsonl", tokenizer, padding=True, num_samples=2, seed=s)[0] for s in (1, 1, 2, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1]) and any(not torch.equal(drawn[0], other) for other in drawn)
+
+
+def test_padded_windows_are_no_longer_than_the_longest_row(tmp_path, tokenizer):
+    """And the rows of a text are its paragraphs."""
+    ids_NT, report = windows(write(tmp_path, "a.txt", "one\n\n\n\nthree\n\nfive"), tokenizer, padding=True, seqlen=512)
+    assert [decoded(tokenizer, row[row >= 0]) for row in ids_NT] == ["one", "three", "five"]
+    assert ids_NT.shape == (3, 5) and report["windows_asked"] == 4
+
+
+def test_packed_rows_report_what_was_used(tmp_path, tokenizer):
+    _, report = windows(write(tmp_path, "a.txt", "x" * 100), tokenizer)
+    assert (report["tokens"], report["tokens_used"], report["padding"]) == (100, 32, False)
