@@ -214,17 +214,12 @@ class Stream:
         last = i + 1 == len(self._skeleton.blocks)
         stats: list[dict[str, InputStats]] = [{} for _ in range(LANES)]
         waiting: dict[int, str] = {}
-        tracks = [_Track(self._hidden.path(i), block, self.cache, self._parking[RUN])]
-        layers = self._layers(block, needs)
-        if self._twin:
-            if layers:
-                raise Unsupported(
-                    f"{self._skeleton.blocks[i]} has experts.",
-                    "The step `correct` follows each token through the original model, which may choose other experts.",
-                    "Use a recipe without it, such as --method gptq.",
-                )
-            tracks.append(_Track(self._hidden.path(i, ORIGINAL), deepcopy(block), None, self._parking[ORIGINAL]))
         self._prepare(i, block)
+        tracks = [_Track(RUN, block, self.cache, self._parking[RUN], self._layers(block, needs))]
+        if self._twin:
+            original = deepcopy(block)
+            tracks.append(_Track(ORIGINAL, original, None, self._parking[ORIGINAL], self._layers(original, needs)))
+        layers, twins = tracks[0].layers, tracks[-1].layers if self._twin else {}
         held = [Held(self.hold // LANES) for _ in range(LANES)]
 
         def begin(batch: int) -> None:
@@ -234,15 +229,18 @@ class Stream:
                 track.forwards[batch] = Paused(run, self._hidden.read(track.input, windows), track.parking[batch])
             go_on(batch)
 
-        def go_on(batch: int, given: torch.Tensor | None = None) -> None:
+        def go_on(batch: int, place: str = "") -> None:
             inputs = []
             for track in tracks:
+                given = track.layers[place].output(batch) if place in track.layers else None
                 answer = track.forwards[batch].resume(given)
+                del given
                 if isinstance(answer, torch.Tensor):
                     self._hidden.write(track.output, self._batches[batch], answer)
                 elif isinstance(answer, Arrival):
                     waiting[batch] = answer.path
-                    layers[answer.path].arrive(batch, self._batches[batch].start * self._windows_NT.shape[1], answer)
+                    start = self._batches[batch].start * self._windows_NT.shape[1]
+                    track.layers[answer.path].arrive(batch, start, answer)
                 else:
                     space, x = answer
                     waiting[batch] = space.name
@@ -257,18 +255,15 @@ class Stream:
             for track in tracks:
                 held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])
 
-        def serve(layer: RoutedLayer | None, batch: int) -> None:
-            go_on(batch, layer.output(batch) if layer else None)
-
         def checked(space: Space, found: InputStats) -> None:
             self._check_finite(i, space, found)
             at_space(space, found)
 
         with ExitStack() as stack:
-            for number, track in enumerate(tracks):
+            for track in tracks:
                 stack.enter_context(stops(track.block, topology))
-                track.input = stack.enter_context(track.path.open("rb"))
-                target = Path(os.devnull) if last else self._hidden.path(i + 1, ORIGINAL if number else RUN)
+                track.input = stack.enter_context(self._hidden.path(i, track.name).open("rb"))
+                target = Path(os.devnull) if last else self._hidden.path(i + 1, track.name)
                 track.output = stack.enter_context(target.open("wb"))
                 # a stopped pass is taken down in the thread where it stands
                 stack.callback(self._lanes.over, range(len(self._batches)), track.drop)
@@ -276,7 +271,7 @@ class Stream:
             places = _places(topology, list(layers))
             for place, spaces in places.items():
                 if place in layers:
-                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
+                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens, twins.get(place))
                 else:
                     found = _merged([{place: lane.pop(place)} for lane in stats if place in lane])
                     checked(spaces[0], (found.get(place) or InputStats(spaces[0].width, needs)).unite(self._team))
@@ -286,7 +281,7 @@ class Stream:
                 stopped = sorted(batch for batch, name in waiting.items() if name == place)
                 for batch in stopped:
                     del waiting[batch]
-                self._lanes.over(stopped, partial(serve, layers.get(place)))
+                self._lanes.over(stopped, partial(go_on, place=place))
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
@@ -384,10 +379,11 @@ def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
 class _Track:
     """A block on its way through the data in `walk`: as it becomes, or as it was."""
 
-    path: Path
+    name: str
     block: nn.Module
     cache: Any
     parking: list[ParkingFile]
+    layers: dict[str, RoutedLayer]
     forwards: dict[int, Paused] = field(default_factory=dict)
     input: BufferedReader = field(init=False)
     output: BinaryIO = field(init=False)
