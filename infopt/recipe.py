@@ -199,7 +199,8 @@ def parse_calibration(data: dict[str, Any]) -> CalibrationData:
 
 
 def _refusal(error: ValidationError, source: str) -> UsageError:
-    first = error.errors()[0]
+    errors = error.errors()  # a key that nobody knows explains another one that is missing
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     place = ".".join(str(part) for part in first["loc"]) or "the whole file"
     reason, fix = first["msg"], "`infopt recipe show awq` prints a complete recipe"
     if first["type"] == "extra_forbidden":
@@ -270,8 +271,8 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
         "target": Target,
         "calibration": CalibrationData,
     }
-    model = models.get(str(location[0]), Recipe) if location else Recipe
-    return list(model.model_fields)
+    known = [models[part] for part in location if part in models]  # the last one is where the key stands
+    return list((known[-1] if known else Recipe).model_fields)
 
 
 class _Loader(yaml.SafeLoader):

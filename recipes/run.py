@@ -295,6 +295,7 @@ class Run:
                 continue
             q = work.results[op.name]
             w_OI, q_OI = work.weight(op), q.dequantize()
+            self._check_scales(i, op.name, q)
             error = None
             if space.name in work.stats and "gram" in work.stats[space.name].needs:
                 some = slice(None, None, -(-len(w_OI) // _ERROR_ROWS))
@@ -311,6 +312,15 @@ class Run:
             }
             work.install(op)
         return layers
+
+    def _check_scales(self, i: int, op_name: str, q: QTensor) -> None:
+        if not bool(torch.isfinite(q.scale.float()).all()):
+            dtype = str(q.grid.scale_dtype).removeprefix("torch.")
+            raise Unsupported(
+                f"{self.skeleton.blocks[i]}.{op_name}: its weights need a scale larger than {dtype} can hold",
+                f"the largest is {float(torch.finfo(q.grid.scale_dtype).max):.0f}",
+                f"--format compressed-tensors --ignore '*.{op_name}'",
+            )
 
     def _write_part(self, i: int, work: BlockWork, scales: CacheScales | None) -> None:
         replaced: dict[str, dict[str, torch.Tensor]] = {}

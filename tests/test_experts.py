@@ -380,7 +380,7 @@ MORE = {
     "awq mixed": ("--method", "awq", "--group-size", 32, "--target-bits", 6),
 }
 WITHOUT_DATA = ("rtn", "fp8 FP8_DYNAMIC", "fp8 FP8_BLOCK")
-MOST = {"gptq W4A8": 0.05, "awq mixed": 0.05, "smoothquant": 5e-3, "fp8": 2e-2}
+MOST = {"gptq W4A8": 0.05, "awq mixed": 0.05, "smoothquant": 0.03, "fp8": 0.03}  # static scales, and routers
 
 
 @pytest.mark.parametrize("family", ROUTERS)
