@@ -99,7 +99,7 @@ def _run(
     from infopt.calibration.data import DataSpec
     from infopt.calibration.recorded import About, model_digest
     from infopt.checkpoint import CheckpointReader, resolve
-    from infopt.cli.data import calibration_windows
+    from infopt.cli.data import calibration_windows, told
     from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.calibrate import Calibration
@@ -119,11 +119,13 @@ def _run(
         )
     windows_NT, report = calibration_windows(DataSpec(**data.model_dump()), source, reader.config)
     release()  # the tokenizer's tables
+    if team.writes:
+        note(told(report))
     rotate, floor, holds, cache = kept
     about = About(model_digest(reader), rotate, floor, holds, cache, data, report)
     if rotate:
         reader = rotated(reader, data.seed)
-        for line in tell(reader):
+        for line in tell(reader) if team.writes else ():
             note(line)
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Calibration(reader, about, out, windows_NT, team)

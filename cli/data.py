@@ -1,4 +1,4 @@
-"""Calibration data for the commands that need it: the windows, and one line for the user about what was read and used."""
+"""Calibration data for the commands that need it: the windows, and a line for the user about what was read and used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ if TYPE_CHECKING:
 def calibration_windows(spec: DataSpec, source: Path, config: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Windows [N, T] for the model in `source`, and the report of what was read (see `load_windows`)."""
     from infopt.calibration.data import load_tokenizer, load_windows
-    from infopt.report import note
 
     vocab = (config.get("text_config") or config).get("vocab_size")
-    windows_NT, report = load_windows(
+    return load_windows(
         spec, load_tokenizer(source), part="calibration", vocab_size=vocab if isinstance(vocab, int) else None
     )
-    note(told(report))
-    return windows_NT, report
 
 
 def told(report: dict[str, Any]) -> str:

@@ -236,11 +236,12 @@ def _run(
         recorded.check_model(reader)
         data_report = {**recorded.about.data, "statistics": recorded.about.fingerprint()}
         _note(f"statistics of the original model's inputs: {recorded.folder}")
-        _note(told(data_report))
     elif needs_data(recipe, steps):
         spec = DataSpec(**recipe.calibration.model_dump())
         windows, data_report = calibration_windows(spec, source, reader.config)
         release()  # the tokenizer's tables
+    if data_report and team.writes:
+        _note(told(data_report))
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]

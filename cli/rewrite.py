@@ -97,7 +97,7 @@ def _run(
 ) -> tuple[dict[str, Any], Verdict | None]:
     from infopt.calibration.data import DataSpec
     from infopt.checkpoint import CheckpointReader, resolve
-    from infopt.cli.data import calibration_windows
+    from infopt.cli.data import calibration_windows, told
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
     from infopt.memory import release
@@ -116,6 +116,7 @@ def _run(
     windows, data_report = None, None
     if options.needs_data:
         windows, data_report = calibration_windows(DataSpec(*data), source, reader.config)
+        note(told(data_report))
     release()
     compared = load(*comparison, data[2], source) if comparison else None
     began = time.monotonic()

@@ -14,6 +14,7 @@ from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
 from infopt.model import Skeleton
+from infopt.recipes.sensitivity import _change
 
 from .tools import tiny
 
@@ -125,3 +126,20 @@ def test_blocks_that_look_ahead_are_refused(tmp_path: Path) -> None:
     call.kwargs["attention_mask"] = torch.zeros(1, 1, 8, 8)  # everyone sees everyone
     with pytest.raises(Unsupported, match="later tokens"):
         check_causal("layer", block, call, hidden_BTC)
+
+
+def test_the_search_of_bits_does_not_look_at_padding(tmp_path: Path) -> None:
+    """The change of a block's output that its rounding makes is the mean over tokens, each row's by its length."""
+    skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
+    streams = [Stream(skeleton, padded(rows()), tmp_path / "all")]
+    streams += [Stream(skeleton, torch.tensor([row]), tmp_path / str(n)) for n, row in enumerate(rows())]
+    for stream in streams:
+        stream.start()
+    block = skeleton.load_block(0)
+    with torch.no_grad():
+        outputs = [list(stream.outputs(0, block)) for stream in streams]
+        block.get_submodule("mlp.down_proj").weight.mul_(1.1)
+        whole, *parts = (_change(stream, 0, block, before) for stream, before in zip(streams, outputs, strict=True))
+    assert whole == pytest.approx(
+        sum(n * part for n, part in zip(LENGTHS, parts, strict=True)) / sum(LENGTHS), rel=1e-5
+    )
