@@ -59,7 +59,7 @@ def weights(folder: Path) -> bytes:
     [
         ("--method", "awq"),
         ("--method", "gptq"),
-        ("--method", "awq+gptq", "--asym"),
+        pytest.param(("--method", "awq+gptq", "--asym"), marks=pytest.mark.slow),
         ("--method", "smoothquant", "--scheme", "W8A8_STATIC", "--group-size", "channel"),
         ("--method", "kv-cache", "--kv-cache", "int4"),
     ],
@@ -79,7 +79,7 @@ def test_the_codes_are_those_of_a_run_on_the_data(model: Path, words: Path, stat
     assert "sequential: none" in (tmp_path / "again" / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_experts(family: str, words: Path, tmp_path: Path) -> None:
     model = tiny(family, tmp_path / "m")
     done = calibrate(model, tmp_path / "s", words, "--min-expert-tokens", 100)
@@ -96,6 +96,7 @@ def test_experts(family: str, words: Path, tmp_path: Path) -> None:
     assert other.code == 2 and "--min-expert-tokens 100" in other.err
 
 
+@pytest.mark.slow
 def test_a_rotated_model_has_statistics_of_its_own(model: Path, words: Path, stats: Path, tmp_path: Path) -> None:
     assert calibrate(model, tmp_path / "s", words, "--rotate", "--seed", 5).code == 0
     flags = ("--method", "gptq", "--rotate")

@@ -365,10 +365,10 @@ def test_each_expert_sees_its_predecessors_quantized(tmp_path: Path) -> None:
 EIGHT = ("--bits", 8, "--group-size", 32)
 METHODS = {
     **{method: ("--method", method, *EIGHT) for method in ("rtn", "awq", "gptq", "awq+gptq", "best-4bit")},
-    "smoothquant": ("--method", "smoothquant", "--scheme", "W8A8"),
-    "fp8": ("--method", "fp8", "--scheme", "FP8"),
 }
 MORE = {
+    "smoothquant": ("--method", "smoothquant", "--scheme", "W8A8"),
+    "fp8": ("--method", "fp8", "--scheme", "FP8"),
     "smoothquant W8A8_STATIC": ("--method", "smoothquant", "--scheme", "W8A8_STATIC"),
     "fp8 FP8_DYNAMIC": ("--method", "fp8", "--scheme", "FP8_DYNAMIC"),
     "fp8 FP8_BLOCK": ("--method", "fp8", "--scheme", "FP8_BLOCK"),

@@ -69,13 +69,15 @@ def awkward(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--method", "rtn", "--bits", 8, "--group-size", 32),
-        ("--method", "awq", "--bits", 8, "--group-size", 32, "--asym"),
+        pytest.param(("--method", "rtn", "--bits", 8, "--group-size", 32), marks=pytest.mark.slow),
+        pytest.param(("--method", "awq", "--bits", 8, "--group-size", 32, "--asym"), marks=pytest.mark.slow),
         ("--method", "gptq", "--bits", 8, "--group-size", 32, "--kv-cache", "int8"),
         ("--method", "best-4bit", "--bits", 8, "--group-size", 32),
         ("--method", "smoothquant", "--scheme", "W8A8"),
-        ("--method", "fp8", "--scheme", "FP8_BLOCK"),
-        ("--method", "awq+gptq", "--bits", 8, "--group-size", 32, "--format", "gptq"),
+        pytest.param(("--method", "fp8", "--scheme", "FP8_BLOCK"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--method", "awq+gptq", "--bits", 8, "--group-size", 32, "--format", "gptq"), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda flags: " ".join(map(str, flags[1:4])),
 )
@@ -167,7 +169,7 @@ def test_codes_without_their_scales_are_not_taken_for_weights(kind: torch.dtype,
     assert done.code == 4 and f"{key} is stored as" in done.err and not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_odd_sizes(family: str, tmp_path: Path) -> None:
     """Widths that are prime: a scale for a channel, or the largest group that divides, which is none."""
     odd = {"llama": {"intermediate_size": 131, "hidden_size": 62, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -19,7 +19,12 @@ from infopt.recipes.sensitivity import _change
 from .tools import tiny
 
 LENGTHS = (40, 7, 23, 1, 40, 12, 31, 5, 9, 2, 17, 3, 11, 38)  # two batches
-FAMILIES = ("llama", "gemma3", "falcon_alibi", "gpt2", "mixtral", "qwen3_moe")
+FAMILIES = (
+    "llama",
+    "gemma3",
+    "mixtral",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("falcon_alibi", "gpt2", "qwen3_moe")),
+)
 
 
 def rows() -> list[list[int]]:

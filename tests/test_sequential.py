@@ -101,7 +101,7 @@ def test_sequential_is_a_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("floor", [0, 10**6])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_a_twin_shows_what_the_original_model_is_given(family: str, floor: int, tmp_path: Path) -> None:
     """Against the definition: shift = (Y - X)^T X, where an expert's Y are the original inputs of the tokens that *this* model
     sends to it (all tokens, where that are too few), whatever the original router does with them."""
