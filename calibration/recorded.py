@@ -2,8 +2,8 @@
 
 A folder holds one safetensors file for each block, and `calibration.json`: what they were made from and what they hold. Of
 every space (and of every expert) the file has what `InputStats` counts; of the cache, keys and values of some tokens.
-The largest part are the Gram matrices: 2 bytes for each pair of a space's channels and a block, 13 MB a block for
-SmolLM2-135M, 350 MB for a model of 7 billion weights.
+The largest part are the Gram matrices, half of each, 2 bytes for a pair of a space's channels: 7 MB a block for SmolLM2-135M,
+350 MB for a model of 7 billion weights; then the samples, 1024 tokens at most.
 
 The inputs are those of the *original* model. What a run changes before a layer (quantized predecessors) is not in them, so
 `Recorded` stands for a stream in runs with `sequential: none` alone, in which no run of calibration data is left.
