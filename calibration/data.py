@@ -5,6 +5,9 @@ the text is tokenised once without special tokens, and cut into non-overlapping 
 takes the first `num_samples` windows. Calibration does too when `seed` is 0; any other seed draws that many windows
 without replacement, in their order. What was read and what was used goes into the report, with a digest of the ids.
 
+With `padding` no rows are joined: each row (of a text, each paragraph) is a window of its own, cut after `seqlen` tokens, and
+shorter ones are filled up (`infopt.calibration.padding`). Chosen are then rows, as windows are otherwise.
+
 A data set is
   builtin   Python's own language reference as every CPython carries it (`pydoc_data.topics`): English prose and code,
             about 90,000 tokens, no network. Calibration sees the first four fifths of it, evaluation the last fifth.
@@ -28,6 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import torch
 
+from infopt.calibration.padding import NO_TOKEN, padded
 from infopt.calibration.rows import json_rows, parquet_rows, row_text
 from infopt.errors import BadInput, UsageError
 
@@ -40,12 +44,13 @@ _TEXT_FILES = (".txt", ".text", ".md")
 _FILES = (*_TEXT_FILES, ".jsonl", ".parquet")
 _LONGEST_LINE = 64 * 2**20
 _CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a UTF-8 character after its first
+_BETWEEN = "\n\n"  # rows that are joined, and paragraphs of a text
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What to read: the flags `--dataset --num-samples --seqlen --seed --split --column`."""
+    """What to read: the flags `--dataset --num-samples --seqlen --seed --split --column --pad`."""
 
     dataset: str = "builtin"
     num_samples: int = 128
@@ -53,6 +58,7 @@ class DataSpec:
     seed: int = 0
     split: str | None = None
     column: str | None = None
+    padding: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("seqlen", 2)):
@@ -63,10 +69,10 @@ class DataSpec:
 
 @dataclass
 class _Text:
-    """The joined text, and how it came to be."""
+    """The texts of the rows, or the paragraphs of one text, and how they came to be."""
 
     source: str
-    text: str
+    rows: list[str]
     rows_read: int = 1
     rows_empty: int = 0
     truncated: bool = False
@@ -78,14 +84,18 @@ def load_windows(
     """Windows of token ids, int64 [N, T], and the report of what was read.
 
     N is `spec.num_samples` or fewer, where the text is shorter (the report's `windows` and `windows_asked` tell); T is
-    `spec.seqlen`. Give `vocab_size` (the rows of the embedding) to have the ids checked against it.
+    `spec.seqlen`, with padding the length of the longest window. Give `vocab_size` (the rows of the embedding) to have the
+    ids checked against it.
     Raises BadInput naming the file, line or column.
     """
     text = _read(spec, tokenizer, part)
-    ids = _tokenise(text, spec, tokenizer)
-    _check_ids(ids, spec, vocab_size)
-    count = len(ids) // spec.seqlen
-    ids_NT = ids[: count * spec.seqlen].view(count, spec.seqlen)[_choose(spec, count, part)].contiguous()
+    ids_NT, counts = (_padded if spec.padding else _packed)(text.rows, spec, tokenizer, part)
+    if vocab_size is not None and int(ids_NT.max()) >= vocab_size:
+        raise BadInput(
+            f"the tokenizer made the token id {int(ids_NT.max())}",
+            f"the model's embedding has only {vocab_size} rows",
+            "Use the tokenizer that belongs to this model.",
+        )
     report = {
         "dataset": spec.dataset,
         "source": text.source,
@@ -94,12 +104,14 @@ def load_windows(
         "rows_used": text.rows_read - text.rows_empty,
         "rows_empty": text.rows_empty,
         "truncated": text.truncated,
-        "characters": len(text.text),
-        "tokens": len(ids),
+        "characters": len(_BETWEEN.join(text.rows)),
+        **counts,
         "windows": len(ids_NT),
         "windows_asked": spec.num_samples,
         "seqlen": spec.seqlen,
         "seed": spec.seed,
+        "padding": spec.padding,
+        "tokens_used": int((ids_NT != NO_TOKEN).sum()),
         "sha256": hashlib.sha256(ids_NT.numpy().tobytes()).hexdigest(),
     }
     return ids_NT, report
@@ -133,29 +145,45 @@ def _choose(spec: DataSpec, count: int, part: Part) -> torch.Tensor:
     return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
-def _tokenise(text: _Text, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    try:
-        encoding = tokenizer(text.text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    except UnicodeEncodeError as error:
-        raise BadInput(
-            f"{spec.dataset} cannot be tokenised", f"it contains half of a surrogate pair ({error})", "Remove it."
-        ) from error
-    return torch.tensor(encoding["input_ids"], dtype=torch.int64)
-
-
-def _check_ids(ids: torch.Tensor, spec: DataSpec, vocab_size: int | None) -> None:
+def _packed(
+    rows: list[str], spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """(windows cut from the rows joined to one text, the tokens of that text)."""
+    ids = torch.tensor(_tokenise([_BETWEEN.join(rows)], spec, tokenizer)[0], dtype=torch.int64)
     if len(ids) < spec.seqlen:
         raise BadInput(
             f"{spec.dataset} is too short",
             f"it has {len(ids)} tokens, and one window needs {spec.seqlen}",
             f"Give more text with --dataset, or a shorter window: --seqlen {max(2, len(ids))}",
         )
-    if vocab_size is not None and int(ids.max()) >= vocab_size:
+    count = len(ids) // spec.seqlen
+    windows_NT = ids[: count * spec.seqlen].view(count, spec.seqlen)
+    return windows_NT[_choose(spec, count, part)].contiguous(), {"tokens": len(ids)}
+
+
+def _padded(
+    rows: list[str], spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """(a window of each chosen row, their tokens before any was cut, and how many were)."""
+    rows = [row for row in rows if row.strip()]
+    chosen = [rows[i] for i in _choose(spec, len(rows), part).tolist()]
+    ids = [row for row in _tokenise(chosen, spec, tokenizer) if row]
+    if not ids:
         raise BadInput(
-            f"the tokenizer made the token id {int(ids.max())}",
-            f"the model's embedding has only {vocab_size} rows",
-            "Use the tokenizer that belongs to this model.",
+            f"{spec.dataset} has no tokens", "its rows are empty to this tokenizer", "Give another --dataset."
         )
+    windows_NT = padded([row[: spec.seqlen] for row in ids])
+    return windows_NT, {"tokens": sum(map(len, ids)), "rows_cut": sum(len(row) > spec.seqlen for row in ids)}
+
+
+def _tokenise(rows: list[str], spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    try:
+        encoding = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{spec.dataset} cannot be tokenised", f"it contains half of a surrogate pair ({error})", "Remove it."
+        ) from error
+    return cast("list[list[int]]", encoding["input_ids"])
 
 
 def _budget(spec: DataSpec) -> int:
@@ -168,7 +196,7 @@ def _read(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part) -> _Te
         return _builtin(part)
     path = Path(spec.dataset)
     if path.is_dir():
-        return _join(_library_rows(spec, part), f"folder {spec.dataset}", spec, tokenizer)
+        return _collect(_library_rows(spec, part), f"folder {spec.dataset}", spec, tokenizer)
     if path.exists():
         return _read_file(path, spec, tokenizer)
     if path.suffix in _FILES or not _HUB_ID.fullmatch(spec.dataset):
@@ -177,7 +205,7 @@ def _read(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part) -> _Te
             "--dataset takes `builtin`, a file, a folder or the id of a data set on the hub",
             "Check the path, or leave --dataset away to use the built-in text.",
         )
-    return _join(_library_rows(spec, part), f"hub {spec.dataset}", spec, tokenizer)
+    return _collect(_library_rows(spec, part), f"hub {spec.dataset}", spec, tokenizer)
 
 
 def _builtin(part: Part) -> _Text:
@@ -189,7 +217,7 @@ def _builtin(part: Part) -> _Text:
     )  # topics repeat each other; what is evaluated must not be seen before
     cut = whole.index("\n\n", len(whole) * 4 // 5)
     text = whole[:cut] if part == "calibration" else whole[cut:].lstrip()
-    return _Text("Python's language reference (pydoc_data.topics)", text)
+    return _Text("Python's language reference (pydoc_data.topics)", text.split(_BETWEEN))
 
 
 def _read_file(path: Path, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> _Text:
@@ -200,9 +228,9 @@ def _read_file(path: Path, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -
             if path.suffix in _TEXT_FILES:
                 return _whole_file(path, file, _budget(spec))
             if path.suffix == ".jsonl":
-                return _join(json_rows(path, file, _LONGEST_LINE), f"file {path.name}", spec, tokenizer)
+                return _collect(json_rows(path, file, _LONGEST_LINE), f"file {path.name}", spec, tokenizer)
             if path.suffix == ".parquet":
-                return _join(parquet_rows(path, file), f"file {path.name}", spec, tokenizer)
+                return _collect(parquet_rows(path, file), f"file {path.name}", spec, tokenizer)
     except OSError as error:
         raise BadInput(f"{path} cannot be read", str(error), "Check the file and its permissions.") from error
     raise BadInput(
@@ -227,15 +255,14 @@ def _whole_file(path: Path, file: BinaryIO, budget: int) -> _Text:
         ) from error
     if not text.strip():
         raise BadInput(f"{path} has no text", "", "Give a file with text in it.")
-    return _Text(f"file {path.name}", text.replace("\r\n", "\n"), truncated=truncated)
+    return _Text(f"file {path.name}", text.replace("\r\n", "\n").split(_BETWEEN), truncated=truncated)
 
 
-def _join(
+def _collect(
     rows: Iterator[tuple[str, dict[str, Any]]], source: str, spec: DataSpec, tokenizer: PreTrainedTokenizerBase
 ) -> _Text:
-    """Join the rows' texts with an empty line between them, as far as the budget goes."""
-    result = _Text(source, "", rows_read=0)
-    texts: list[str] = []
+    """The rows' texts, as far as the budget goes."""
+    result = _Text(source, [], rows_read=0)
     left = _budget(spec)
     for where, row in rows:
         if left <= 0:
@@ -245,17 +272,16 @@ def _join(
         text = row_text(where, row, spec.column, tokenizer)
         if text.strip():
             result.truncated = len(text) > left
-            texts.append(text[:left])
+            result.rows.append(text[:left])
             left -= len(text)
         else:
             result.rows_empty += 1
-    if not texts:
+    if not result.rows:
         raise BadInput(
             f"{spec.dataset} has no text",
             f"{result.rows_read} rows were read, and all were empty" if result.rows_read else "it has no rows",
             "Give another --dataset, or name the column that holds the text with --column.",
         )
-    result.text = "\n\n".join(texts)
     return result
 
 

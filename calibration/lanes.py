@@ -39,6 +39,11 @@ class Lanes:
         lane: int = self._here.lane
         return lane
 
+    @property
+    def number(self) -> int | None:
+        """The number that the caller works on, None outside of the lanes."""
+        return getattr(self._here, "number", None)
+
     def over(self, numbers: Iterable[int], work: Callable[[int], object]) -> None:
         """`work(n)` for every n, without gradients, in order on each lane; the first error is raised here."""
         todo: list[list[int]] = [[] for _ in range(LANES)]
@@ -66,6 +71,7 @@ class Lanes:
                 for n in numbers:
                     if self._stop.is_set():
                         return
+                    self._here.number = n
                     work(n)
         except BaseException:
             self._stop.set()

@@ -5,6 +5,9 @@ served: the tokens that the router sends to it, from all batches, are its calibr
 its answers are added to the output of those tokens. So every expert's last projection sees its first ones quantized, an
 expert without tokens simply has none, and memory holds the statistics of one space.
 
+Where the original model goes along (`Stream.walk`, a twin), each expert is compared with the original expert on the original
+model's inputs of the same tokens: the two routers need not agree.
+
 An expert that fewer than `floor` tokens reach is shown all of them: the layer's whole input is a better guess of what it
 will read than a handful of tokens, from which a solver would learn noise, and much better than none.
 
@@ -29,7 +32,7 @@ import torch
 from infopt.calibration.lanes import LANES
 from infopt.calibration.paused import Arrival
 from infopt.calibration.stats import EVERYTHING, InputStats
-from infopt.experts import Expert, Experts, add, routed
+from infopt.experts import Expert, Experts, add, routed, somebody
 from infopt.team import ALONE, Team
 from infopt.topology import Space
 from infopt.writer import os_errors
@@ -40,12 +43,13 @@ AtSpace = Callable[[Space, InputStats], None]
 @dataclass(frozen=True)
 class _Route:
     """What one batch has for one expert: the batch's lane, its rows of the layer's input, the tokens among them, their
-    weights."""
+    weights; and which of the rows are tokens at all."""
 
     lane: int
     rows: slice
     token: torch.Tensor
     weight: torch.Tensor
+    real: torch.Tensor
 
 
 class RoutedLayer:
@@ -71,20 +75,42 @@ class RoutedLayer:
         self._files[0].release()
         self._arrivals[batch] = rows, arrival
 
-    def serve(self, spaces: list[tuple[Space, ...]], at_space: AtSpace, floor: int) -> None:
-        """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves."""
-        for number, expert in enumerate(self._experts.each()):
-            routes = [
-                _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights))
-                for batch, (rows, arrival) in sorted(self._arrivals.items())
-            ]
+    def serve(
+        self, spaces: list[tuple[Space, ...]], at_space: AtSpace, floor: int, twin: RoutedLayer | None = None
+    ) -> None:
+        """Hand each expert's spaces to `at_space`, in order, and compute the layer's output with what it leaves.
+
+        twin: the same layer of the original model, at which all batches have arrived too. Its output is computed as well.
+        """
+        originals = twin._experts.each() if twin else [None] * len(spaces)
+        for number, (expert, original) in enumerate(zip(self._experts.each(), originals, strict=True)):
+            routes = self._routes(number)
             count = self._team.total(sum(len(route.token) for route in routes))
             if count >= floor:
                 routes = [route for route in routes if len(route.token)]
             first, last = spaces[number]
-            self._serve_one(expert, routes, first, last, at_space, count, floor)
+            shown = _Shown(self, expert, twin, original, everyone=count < floor)
+            self._serve_one(shown, routes, first, last, at_space, count)
             for file in self._files:
                 file.release()
+        if twin:
+            twin._answer()
+
+    def _answer(self) -> None:
+        """Compute the layer's output with the experts as they are."""
+        for number, expert in enumerate(self._experts.each()):
+            for route in self._routes(number):
+                if len(route.token):
+                    y_NH = expert(self.input(route)[route.token])
+                    add(self._files[1].x[route.rows], route.token, y_NH, route.weight)
+            for file in self._files:
+                file.release()
+
+    def _routes(self, number: int) -> list[_Route]:
+        return [
+            _Route(batch % LANES, rows, *routed(number, arrival.index, arrival.weights), somebody(arrival.index))
+            for batch, (rows, arrival) in sorted(self._arrivals.items())
+        ]
 
     def output(self, batch: int) -> torch.Tensor:
         """What the layer answers to a batch, in the shape of its input."""
@@ -93,30 +119,28 @@ class RoutedLayer:
         self._files[1].release()
         return answer
 
-    def _input(self, route: _Route) -> torch.Tensor:
+    def input(self, route: _Route) -> torch.Tensor:
+        """The layer's input [T, H] of a batch."""
         return self._files[0].x[route.rows]
 
     def _serve_one(
-        self, expert: Expert, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, count: int, floor: int
+        self, shown: _Shown, routes: list[_Route], first: Space, last: Space, at_space: AtSpace, count: int
     ) -> None:
-        everyone = count < floor
         lanes = [InputStats(first.width, self._needs) for _ in range(LANES)]
         for route in routes:
-            x_TH = self._input(route)
-            lanes[route.lane].add(x_TH if everyone else x_TH[route.token])
+            lanes[route.lane].add(*shown.inputs(route))
         at_space(first, self._whole(lanes, count))
 
         lanes = [InputStats(last.width, self._needs) for _ in range(LANES)]
         inner_NI = Rows(self._folder, sum(len(route.token) for route in routes), last.width)
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
-            x_TH = self._input(route)
-            inner.copy_(expert.inner(x_TH[route.token]))
-            lanes[route.lane].add(expert.inner(x_TH) if everyone else inner)
+            inner.copy_(shown.expert.inner(self.input(route)[route.token]))
+            lanes[route.lane].add(*shown.inner(route, inner))
         inner_NI.release()
         at_space(last, self._whole(lanes, count))
 
         for route, inner in zip(routes, inner_NI.x.split([len(route.token) for route in routes]), strict=True):
-            add(self._files[1].x[route.rows], route.token, expert.down(inner), route.weight)
+            add(self._files[1].x[route.rows], route.token, shown.expert.down(inner), route.weight)
 
     def _whole(self, lanes: list[InputStats], routed_tokens: int) -> InputStats:
         stats = lanes[0]
@@ -124,6 +148,28 @@ class RoutedLayer:
             stats.merge(lane)
         stats.routed = routed_tokens
         return stats.unite(self._team)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What an expert is calibrated on: its own tokens, or everyone's; and, with a twin, what the original expert would be given
+    for the same tokens, wherever the original model's router sends them."""
+
+    layer: RoutedLayer
+    expert: Expert
+    twin: RoutedLayer | None
+    original: Expert | None
+    everyone: bool
+
+    def inputs(self, route: _Route) -> list[torch.Tensor]:
+        which = route.real if self.everyone else route.token
+        return [layer.input(route)[which] for layer in (self.layer, self.twin) if layer]
+
+    def inner(self, route: _Route, known: torch.Tensor) -> list[torch.Tensor]:
+        """known: what the expert's last projection reads of its own tokens."""
+        x_NH, *y_NH = self.inputs(route)
+        mine = self.expert.inner(x_NH) if self.everyone else known
+        return [mine, *(self.original.inner(y) for y in y_NH if self.original)]
 
 
 class Rows:

@@ -10,6 +10,8 @@ Legend: T tokens, C channels of the space.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 
 from infopt.team import Team
@@ -46,9 +48,8 @@ class InputStats:
         x_TC = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x_TC.shape[0]
         if "gram" in self.needs:
-            for start in range(0, x_TC.shape[1], _PANEL):  # the matrix is symmetric: only panels right of the diagonal
-                stop = start + _PANEL
-                self._upper_CC[start:stop, start:].addmm_(x_TC[:, start:stop].T, x_TC[:, start:])
+            for start, panel in zip(range(0, x_TC.shape[1], _PANEL), _panels(self._upper_CC), strict=True):
+                panel.addmm_(x_TC[:, start : start + _PANEL].T, x_TC[:, start:])
         if "shift" in self.needs and original is not None:
             self._shift_CC.addmm_((original.reshape(x_TC.shape).float() - x_TC).T, x_TC)
         if "mean" in self.needs:
@@ -83,6 +84,45 @@ class InputStats:
                 self._rows = [team.gather(torch.cat([*self._rows, torch.zeros(0, len(self._max_C))]))]
                 self._thin()
         return self
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """All but the shift, to be stored: the half of the Gram matrix that was summed, panel by panel."""
+        parts = {"counts": torch.tensor([self.tokens, -1 if self.routed is None else self.routed])}
+        if "gram" in self.needs:
+            parts["gram"] = torch.cat([panel.flatten() for panel in _panels(self._upper_CC)])
+        if "mean" in self.needs:
+            parts["mean"] = self._abs_C
+        if "max" in self.needs:
+            parts["max"] = self._max_C
+        if "sample" in self.needs:
+            parts["sample"] = self.sample
+        return parts
+
+    @classmethod
+    def from_tensors(cls, width: int, needs: frozenset[str], parts: Mapping[str, torch.Tensor]) -> InputStats:
+        """What `to_tensors` gave; ValueError where a part that is needed is missing or is not what it should be."""
+        stats = cls(width, needs)
+        targets = {"mean": stats._abs_C, "max": stats._max_C}
+        for name in ("counts", *sorted(needs)):
+            if name not in parts:
+                raise ValueError(f"no {name}")
+        stats.tokens, routed = map(int, _checked(parts["counts"], torch.int64, 2))
+        stats.routed = None if routed < 0 else routed
+        if "gram" in needs:
+            panels = list(_panels(stats._upper_CC))
+            sizes = [panel.numel() for panel in panels]
+            for panel, part in zip(
+                panels, _checked(parts["gram"], torch.float32, sum(sizes)).split(sizes), strict=True
+            ):
+                panel.copy_(part.view(panel.shape))
+        for name in needs & targets.keys():
+            targets[name].copy_(_checked(parts[name], torch.float32, width))
+        if "sample" in needs:
+            rows = min(len(parts["sample"]), _SAMPLE) if parts["sample"].dim() else 0
+            stats._rows = [_checked(parts["sample"].flatten(), torch.float32, rows * width).view(rows, width)]
+        if stats.tokens < 0 or not stats.finite():
+            raise ValueError("it holds numbers that are no sums")
+        return stats
 
     def finite(self) -> bool:
         """Whether every input was a number, and small enough to be squared."""
@@ -125,3 +165,14 @@ class InputStats:
     def _check(self, what: str) -> None:
         if what not in self.needs:
             raise ValueError(f"{what} was not gathered")
+
+
+def _panels(gram_CC: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views of the panels right of the diagonal, itself included: the matrix is symmetric."""
+    return (gram_CC[start : start + _PANEL, start:] for start in range(0, len(gram_CC), _PANEL))
+
+
+def _checked(x: torch.Tensor, dtype: torch.dtype, count: int) -> torch.Tensor:
+    if x.dtype is not dtype or tuple(x.shape) != (count,):
+        raise ValueError(f"{x.dtype} {list(x.shape)} where {count} of {dtype} belong")
+    return x

@@ -3,22 +3,19 @@
 The hidden states between two blocks lie in a plain file that is read and written batch by batch. Memory therefore holds
 one batch, whatever the number of samples; the operating system's page cache keeps the file in spare memory and gives it
 up when something else needs it, which is what an in-memory buffer with a spill to disk would have to imitate. And a run
-that was killed goes on from the file of the last finished block.
+that was killed goes on from the file of the last finished block (`infopt.calibration.hidden`).
 
-A file is named after the block that reads it. It is trusted on resume only if its sha256 is the recorded one.
+Windows may be shorter than the longest (`infopt.calibration.padding`): what fills them up is in no statistic.
 
 Legend: N windows, T tokens of a window, C hidden width, B windows of a batch.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,20 +28,22 @@ import torch
 from torch import nn
 
 from infopt.calibration.experts import spaces_of
+from infopt.calibration.hidden import ORIGINAL, RUN, HiddenFiles
 from infopt.calibration.lanes import LANES, Lanes
+from infopt.calibration.muted import muted
+from infopt.calibration.padding import check_causal, only_real, only_real_heads, real_tokens
 from infopt.calibration.paused import Arrival, Held, ParkingFile, Paused, stops
 from infopt.calibration.routed import RoutedLayer
 from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.errors import BadInput, Unsupported
 from infopt.experts import experts_in
 from infopt.kv_cache import WatchingCache, with_cache
-from infopt.memory import memory_of, release
+from infopt.memory import release
 from infopt.model import BlockCall, Skeleton
 from infopt.team import ALONE, Team
 from infopt.topology import Space, Topology
 
 _BATCH_TOKENS = 512
-_RUN, _ORIGINAL = "hidden", "original"  # files of hidden states: of the quantized model, of the original
 _WATCHED = 8  # batches whose keys and values decide the scales of the cache
 
 
@@ -60,7 +59,9 @@ class Stream:
         self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False, team: Team = ALONE
     ) -> None:
         self._twin, self._team = twin, team
-        self._skeleton, self._windows_NT, self._folder = skeleton, windows_NT, folder
+        self._skeleton, self._folder = skeleton, folder
+        self._real_NT = real_tokens(windows_NT)
+        self._windows_NT = windows_NT.clamp_min(0)
         self.hold = 0
         self.cache: Any = None  # given to a block in place of no key-value cache
         self.min_expert_tokens = 0
@@ -68,7 +69,9 @@ class Stream:
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         self._lanes = Lanes()
-        self._parking = {track: [ParkingFile(folder) for _ in self._batches] for track in (_RUN, _ORIGINAL)}
+        tracks = (RUN, ORIGINAL) if twin else (RUN,)
+        self._hidden = HiddenFiles(folder, length, skeleton.width, tracks)
+        self._parking = {track: [ParkingFile(folder) for _ in self._batches] for track in (RUN, ORIGINAL)}
 
     @property
     def batch_tokens(self) -> int:
@@ -85,16 +88,15 @@ class Stream:
         self._skeleton.load_outer()
         try:
             self.write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
-            if self._twin:
-                shutil.copyfile(self._path(0), self._path(0, _ORIGINAL))
-            return self._digest(0)
+            self._hidden.copy(0)
+            return self._hidden.digest(0)
         finally:
             self._skeleton.free_outer()
             release()
 
     def holds(self, i: int, digest: str) -> bool:
         """Whether the input of block i is on disk, whole and unchanged."""
-        return all(path.is_file() for path in self._files(i)) and self._digest(i) == digest
+        return self._hidden.holds(i, digest)
 
     @torch.no_grad()
     def gather(
@@ -105,8 +107,26 @@ class Stream:
 
         Raises BadInput if activations are not finite: nothing could be learnt from them.
         """
-        with _muted(block, topology):
+        with muted(block, topology):
             stats = self._observe(i, block, topology.spaces, needs)
+        return self._complete(i, block, topology, stats, needs)
+
+    @torch.no_grad()
+    def gather_and_advance(
+        self, i: int, block: nn.Module, topology: Topology, needs: frozenset[str] = EVERYTHING
+    ) -> tuple[dict[str, InputStats], str | None]:
+        """`gather` and `advance` in one, for a block that goes on as it is; no digest after the last block."""
+        if i + 1 == len(self._skeleton.blocks):
+            return self.gather(i, block, topology, needs), None
+        with self._hidden.path(i + 1).open("wb") as file:
+            stats = self._observe(
+                i, block, topology.spaces, needs, lambda batch, out: self._hidden.write(file, self._batches[batch], out)
+            )
+        return self._complete(i, block, topology, stats, needs), self._hidden.digest(i + 1)
+
+    def _complete(
+        self, i: int, block: nn.Module, topology: Topology, stats: dict[str, InputStats], needs: frozenset[str]
+    ) -> dict[str, InputStats]:
         self._show_everything(i, block, topology, stats, needs)
         for space in topology.spaces:
             self._check_finite(i, space, stats[space.name])
@@ -136,29 +156,45 @@ class Stream:
                 experts.whole = frozenset()
 
     def _observe(
-        self, i: int, block: nn.Module, spaces: tuple[Space, ...], needs: frozenset[str]
+        self,
+        i: int,
+        block: nn.Module,
+        spaces: tuple[Space, ...],
+        needs: frozenset[str],
+        then: Callable[[int, torch.Tensor], None] = lambda batch, output: None,
     ) -> dict[str, InputStats]:
         """Each space is counted where its first reader receives it, in one forward pass of every batch."""
+        inside = tuple(f"{path}." for path in experts_in(block))
         lanes = [{space.name: InputStats(space.width, needs) for space in spaces} for _ in range(LANES)]
 
-        def count(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            return lambda _, args: lanes[self._lanes.current][name].add(args[0])
+        def count(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                mine = space.readers[0].startswith(inside)  # an expert's own tokens, among which there is no padding
+                x = args[0] if mine else only_real(args[0], self.real(self._lanes.number))
+                lanes[self._lanes.current][space.name].add(x)
 
+            return hook
+
+        self._prepare(i, block)
         with ExitStack() as stack:
             for space in spaces:
                 reader = block.get_submodule(space.readers[0])
-                stack.callback(reader.register_forward_pre_hook(count(space.name)).remove)
-            self._run(i, block, lambda batch, output: None)
+                stack.callback(reader.register_forward_pre_hook(count(space)).remove)
+            self._run(i, block, then)
         return {name: stats.unite(self._team) for name, stats in _merged(lanes).items()}
 
     @torch.no_grad()
     def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
         """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows."""
-        self.cache = WatchingCache()
+        self.cache = watching = WatchingCache()
         for _ in islice(self.outputs(i, block), _WATCHED):
             pass
-        seen, self.cache = self.cache.seen, None
-        return {which: [self._team.gather(torch.cat(parts))] for which, parts in seen.items()}
+        self.cache = None
+        real = [None if mask is None else mask[:, :: watching.stride] for mask in map(self.real, range(_WATCHED))]
+        return {
+            which: [self._team.gather(torch.cat([only_real_heads(*part) for part in zip(parts, real, strict=False)]))]
+            for which, parts in watching.seen.items()
+        }
 
     @torch.no_grad()
     def walk(
@@ -178,39 +214,37 @@ class Stream:
         last = i + 1 == len(self._skeleton.blocks)
         stats: list[dict[str, InputStats]] = [{} for _ in range(LANES)]
         waiting: dict[int, str] = {}
-        tracks = [_Track(self._path(i), block, self.cache, self._parking[_RUN])]
-        layers = self._layers(block, needs)
+        self._prepare(i, block)
+        tracks = [_Track(RUN, block, self.cache, self._parking[RUN], self._layers(block, needs))]
         if self._twin:
-            if layers:
-                raise Unsupported(
-                    f"{self._skeleton.blocks[i]} has experts.",
-                    "The step `correct` follows each token through the original model, which may choose other experts.",
-                    "Use a recipe without it, such as --method gptq.",
-                )
-            tracks.append(_Track(self._path(i, _ORIGINAL), deepcopy(block), None, self._parking[_ORIGINAL]))
-        self._prepare_calls()
+            original = deepcopy(block)
+            tracks.append(_Track(ORIGINAL, original, None, self._parking[ORIGINAL], self._layers(original, needs)))
+        layers, twins = tracks[0].layers, tracks[-1].layers if self._twin else {}
         held = [Held(self.hold // LANES) for _ in range(LANES)]
 
         def begin(batch: int) -> None:
             windows = self._batches[batch]
             for track in tracks:
                 run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
-                track.forwards[batch] = Paused(run, self._read(track.input, windows), track.parking[batch])
+                track.forwards[batch] = Paused(run, self._hidden.read(track.input, windows), track.parking[batch])
             go_on(batch)
 
-        def go_on(batch: int, given: torch.Tensor | None = None) -> None:
+        def go_on(batch: int, place: str = "") -> None:
             inputs = []
             for track in tracks:
+                given = track.layers[place].output(batch) if place in track.layers else None
                 answer = track.forwards[batch].resume(given)
+                del given
                 if isinstance(answer, torch.Tensor):
-                    self._write(track.output, self._batches[batch], answer)
+                    self._hidden.write(track.output, self._batches[batch], answer)
                 elif isinstance(answer, Arrival):
                     waiting[batch] = answer.path
-                    layers[answer.path].arrive(batch, self._batches[batch].start * self._windows_NT.shape[1], answer)
+                    start = self._batches[batch].start * self._windows_NT.shape[1]
+                    track.layers[answer.path].arrive(batch, start, answer)
                 else:
                     space, x = answer
                     waiting[batch] = space.name
-                    inputs.append(x)
+                    inputs.append(only_real(x, self.real(batch)))
                     if space.name not in stats[batch % LANES]:
                         stats[batch % LANES][space.name] = InputStats(space.width, needs)
                     del x
@@ -221,18 +255,15 @@ class Stream:
             for track in tracks:
                 held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])
 
-        def serve(layer: RoutedLayer | None, batch: int) -> None:
-            go_on(batch, layer.output(batch) if layer else None)
-
         def checked(space: Space, found: InputStats) -> None:
             self._check_finite(i, space, found)
             at_space(space, found)
 
         with ExitStack() as stack:
-            for number, track in enumerate(tracks):
+            for track in tracks:
                 stack.enter_context(stops(track.block, topology))
-                track.input = stack.enter_context(track.path.open("rb"))
-                target = Path(os.devnull) if last else self._path(i + 1, _ORIGINAL if number else _RUN)
+                track.input = stack.enter_context(self._hidden.path(i, track.name).open("rb"))
+                target = Path(os.devnull) if last else self._hidden.path(i + 1, track.name)
                 track.output = stack.enter_context(target.open("wb"))
                 # a stopped pass is taken down in the thread where it stands
                 stack.callback(self._lanes.over, range(len(self._batches)), track.drop)
@@ -240,7 +271,7 @@ class Stream:
             places = _places(topology, list(layers))
             for place, spaces in places.items():
                 if place in layers:
-                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens)
+                    layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens, twins.get(place))
                 else:
                     found = _merged([{place: lane.pop(place)} for lane in stats if place in lane])
                     checked(spaces[0], (found.get(place) or InputStats(spaces[0].width, needs)).unite(self._team))
@@ -250,34 +281,38 @@ class Stream:
                 stopped = sorted(batch for batch, name in waiting.items() if name == place)
                 for batch in stopped:
                     del waiting[batch]
-                self._lanes.over(stopped, partial(serve, layers.get(place)))
+                self._lanes.over(stopped, partial(go_on, place=place))
         if waiting and not last:
             raise Unsupported(
                 f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
                 "Its layers cannot be quantized one space after another.",
                 "Use `--sequential block`.",
             )
-        return None if last else self._digest(i + 1)
+        return None if last else self._hidden.digest(i + 1)
 
     @torch.no_grad()
     def advance(self, i: int, block: nn.Module) -> str:
         """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
-        with self._path(i + 1).open("wb") as file:
-            self._run(i, block, lambda batch, output: self._write(file, self._batches[batch], output))
-        return self._digest(i + 1)
+        self._prepare(i, block)
+        with self._hidden.path(i + 1).open("wb") as file:
+            self._run(i, block, lambda batch, output: self._hidden.write(file, self._batches[batch], output))
+        return self._hidden.digest(i + 1)
 
     def inputs(self, i: int) -> Iterator[tuple[torch.Tensor, BlockCall | None]]:
         """The input of block i [B, T, C], batch by batch, each with the block's call; None beyond the last block."""
         beyond = i == len(self._skeleton.blocks)
-        with self._path(i).open("rb") as file:
+        with self._hidden.path(i).open("rb") as file:
             for windows in self._batches:
                 call = None if beyond else self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
-                yield self._read(file, windows), call
+                yield self._hidden.read(file, windows), call
 
     def forget(self, i: int) -> None:
         """Delete the input of block i."""
-        for path in self._files(i):
-            path.unlink(missing_ok=True)
+        self._hidden.forget(i)
+
+    def write(self, i: int, hidden: Iterable[torch.Tensor]) -> None:
+        """Make these batches the input of block i."""
+        self._hidden.store(i, hidden)
 
     def _layers(self, block: nn.Module, needs: frozenset[str]) -> dict[str, RoutedLayer]:
         made = partial(RoutedLayer, tokens=self._windows_NT.numel(), folder=self._folder, needs=needs, team=self._team)
@@ -285,48 +320,41 @@ class Stream:
 
     def outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Block i's answer to every batch [B, T, C], as it is now."""
-        with self._path(i).open("rb") as file:
+        with self._hidden.path(i).open("rb") as file:
             for windows in self._batches:
-                yield self._call(i, block, windows, self.cache).run(block, self._read(file, windows))
+                yield self._call(i, block, windows, self.cache).run(block, self._hidden.read(file, windows))
+
+    def real(self, batch: int | None) -> torch.Tensor | None:
+        """Which entries of a batch are tokens, bool [B, T]; None where all are, and for no batch."""
+        if self._real_NT is None or batch is None or batch >= len(self._batches):
+            return None
+        return self._real_NT[self._batches[batch].start : self._batches[batch].stop]
 
     def _run(self, i: int, block: nn.Module, then: Callable[[int, torch.Tensor], None]) -> None:
         """Block i's answer to every batch [B, T, C], as it is now, on the lanes."""
 
         def run(batch: int) -> None:
             windows = self._batches[batch]
-            then(batch, self._call(i, block, windows, self.cache).run(block, self._read(file, windows)))
+            then(batch, self._call(i, block, windows, self.cache).run(block, self._hidden.read(file, windows)))
 
-        self._prepare_calls()
-        with self._path(i).open("rb") as file:
+        with self._hidden.path(i).open("rb") as file:
             self._lanes.over(range(len(self._batches)), run)
 
-    def _prepare_calls(self) -> None:
-        """Made here, because making one runs the model's outer parts, which are loaded and freed: not for two lanes at once."""
+    def _prepare(self, i: int, block: nn.Module) -> None:
+        """Calls are made here, because making one runs the model's outer parts, which are loaded and freed: not for two lanes
+        at once."""
         for count in {len(windows) for windows in self._batches}:
             self._skeleton.calls(count, self._windows_NT.shape[1])
+        if self._real_NT is not None:
+            hidden_BTC, call = next(self.inputs(i))
+            if call is not None:
+                check_causal(self._skeleton.blocks[i], block, call, hidden_BTC)
+            for experts in experts_in(block).values():
+                experts.real = lambda: self.real(self._lanes.number)
 
     def _call(self, i: int, block: nn.Module, windows: range, cache: Any) -> BlockCall:
         call = self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
         return with_cache(call, block, cache) if cache else call
-
-    def _read(self, file: BufferedReader, windows: range) -> torch.Tensor:
-        hidden_BTC = torch.empty(len(windows), self._windows_NT.shape[1], self._skeleton.width)
-        os.preadv(file.fileno(), [memory_of(hidden_BTC)], windows.start * self._window_bytes)
-        return hidden_BTC
-
-    def _write(self, file: BinaryIO, windows: range, hidden_BTC: torch.Tensor) -> None:
-        hidden_BTC = hidden_BTC.float().contiguous()
-        offset = windows.start * self._window_bytes
-        if os.pwrite(file.fileno(), memory_of(hidden_BTC), offset) != hidden_BTC.nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
-
-    def write(self, i: int, hidden: Iterable[torch.Tensor]) -> None:
-        """Make these batches the input of block i."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._path(i).open("wb") as file:
-            for hidden_BTC in hidden:
-                hidden_BTC = hidden_BTC.float().contiguous()
-                file.write(memory_of(hidden_BTC))
 
     def _check_finite(self, i: int, space: Space, stats: InputStats) -> None:
         if not stats.finite():
@@ -335,23 +363,6 @@ class Stream:
                 "the model overflows or its weights are damaged",
                 "check it with `infopt eval MODEL`",
             )
-
-    @property
-    def _window_bytes(self) -> int:
-        return 4 * self._windows_NT.shape[1] * self._skeleton.width
-
-    def _path(self, i: int, track: str = _RUN) -> Path:
-        return self._folder / f"{track}-{i:05d}.f32"
-
-    def _files(self, i: int) -> list[Path]:
-        return [self._path(i), *([self._path(i, _ORIGINAL)] if self._twin else [])]
-
-    def _digest(self, i: int) -> str:
-        digests = []
-        for path in self._files(i):
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        return " ".join(digests)
 
 
 def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
@@ -368,10 +379,11 @@ def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
 class _Track:
     """A block on its way through the data in `walk`: as it becomes, or as it was."""
 
-    path: Path
+    name: str
     block: nn.Module
     cache: Any
     parking: list[ParkingFile]
+    layers: dict[str, RoutedLayer]
     forwards: dict[int, Paused] = field(default_factory=dict)
     input: BufferedReader = field(init=False)
     output: BinaryIO = field(init=False)
@@ -390,31 +402,3 @@ def _merged(lanes: list[dict[str, InputStats]]) -> dict[str, InputStats]:
             else:
                 merged[name] = stats
     return merged
-
-
-@contextmanager
-def _muted(block: nn.Module, topology: Topology) -> Iterator[None]:
-    """Skip the products that only the block's output needs: the readers of the last space answer with zeros.
-
-    Nothing observed comes after them, and for a gated MLP they are a quarter of the block's work.
-    """
-    last = topology.spaces[-1].readers if topology.spaces and not topology.unhandled else ()
-    originals = {name: block.get_submodule(name) for name in last}
-    for name in last:
-        block.set_submodule(name, _Mute(topology.op(name).out_features))
-    try:
-        yield
-    finally:
-        for name, module in originals.items():
-            block.set_submodule(name, module)
-
-
-class _Mute(nn.Module):
-    """Stands for a linear op whose output nobody needs; its input is observed like any other's."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(*x.shape[:-1], self.width)  # not an expanded zero: a block may add to it in place

@@ -15,6 +15,7 @@ from infopt.errors import InfoptError, OutOfResources
 #: sub-command -> (module in this folder, function, the line that `infopt --help` shows). Modules are imported when used.
 COMMANDS = {
     "quantize": ("quantize", "quantize", "Quantize a model: awq, gptq, rtn, awq+gptq, or a recipe of your own."),
+    "calibrate": ("calibrate", "calibrate", "Count what layers are given on calibration data, for later runs."),
     "verify": (
         "verify",
         "verify",

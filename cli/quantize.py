@@ -13,6 +13,7 @@ import typer
 from infopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from infopt.calibration.recorded import Recorded
     from infopt.recipe import Recipe
     from infopt.recipes.run import BlockReport, Run
     from infopt.runtime.verify import Verdict
@@ -44,7 +45,10 @@ def quantize(
     ] = None,
     sequential: Annotated[
         Text,
-        typer.Option(help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it."),
+        typer.Option(
+            help="A layer's inputs have passed the quantized layers (space) or blocks (block) before it, or nothing "
+            "quantized (none)."
+        ),
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Mixed precision: average bits of a weight; layers get 3, 4 or 8.")
@@ -58,11 +62,24 @@ def quantize(
     min_expert_tokens: Annotated[
         int | None, typer.Option(help="Experts that fewer calibration tokens reach are shown the whole batch.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Statistics of `infopt calibrate` in place of data: much faster, every layer's inputs those of the "
+            "original model (--sequential none)."
+        ),
+    ] = None,
     dataset: Annotated[Text, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of a rotation's signs; other than 0: sample the windows at random.")
+    ] = None,
+    split: Annotated[Text, typer.Option(help="The split of a data set of the hub.")] = None,
+    column: Annotated[Text, typer.Option(help="The column that holds the text.")] = None,
+    pad: Annotated[
+        bool | None,
+        typer.Option("--pad/--pack", help="Each row a window of its own, padded, or all rows joined and cut."),
     ] = None,
     form: Annotated[
         str,
@@ -100,16 +117,39 @@ def quantize(
         "rotate": rotate, "sequential": sequential, "kv_cache": kv_cache, "min_expert_tokens": min_expert_tokens,
         "target_bits": target_bits, "target_size": target_size,
         "group_fallback": group_fallback, "scheme": scheme, "dataset": dataset, "num_samples": num_samples,
-        "seqlen": seqlen, "seed": seed,
+        "seqlen": seqlen, "seed": seed, "split": split, "column": column, "padding": pad,
     }  # fmt: skip
+    recorded = open_calibration(calibration, flags) if calibration else None
     settings = build_recipe(method, recipe, flags)
     gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
     comparison = (verify_dataset, verify_samples) if verify else None
     if not verify and any(value is not None for value in gates.values()):
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
-    report = _run(model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer))
+    report = _run(
+        model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer), recorded
+    )
     if as_json and report:
         print(json.dumps(report, indent=2))
+
+
+def open_calibration(folder: Path, flags: dict[str, Any]) -> Recorded:
+    """The statistics in the folder; the flags then say what their data was and how they are used.
+
+    UsageError for a flag that asks for other data.
+    """
+    from infopt.calibration.recorded import Recorded
+
+    recorded = Recorded(folder)
+    data = recorded.about.calibration.model_dump()
+    for key, value in data.items():
+        if flags[key] not in (None, value):
+            flag = "pad" if key == "padding" else key.replace("_", "-")
+            raise UsageError(
+                f"--{flag} {flags[key]} with --calibration {folder}", f"there it was {value}", "drop one of them"
+            )
+    flags |= data
+    flags["sequential"] = flags["sequential"] or "none"
+    return recorded
 
 
 def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -> Recipe:
@@ -128,8 +168,8 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
     size = flags["group_size"]
     given = {**flags, "group_size": int(size) if size and size.isdigit() else size}
     for section, keys in {"weights": ("bits", "group_size", "symmetric"),
-                          "calibration": ("dataset", "num_samples", "seqlen", "seed")}.items():  # fmt: skip
-        data[section].update({key: given[key] for key in keys if given[key] is not None})
+                          "calibration": tuple(data["calibration"])}.items():  # fmt: skip
+        data[section].update({key: given[key] for key in keys if given.get(key) is not None})
     data.update({key: flags[key] for key in ("ignore", "group_fallback", "sequential") if flags[key]})
     data.update({key: flags[key] for key in ("min_expert_tokens", "rotate") if flags.get(key) is not None})
     if name := flags["kv_cache"]:
@@ -158,10 +198,12 @@ def _run(
     max_ram: str | None,
     dry_run: bool,
     target: tuple[str, bool],
+    recorded: Recorded | None,
 ) -> dict[str, Any]:
     from infopt import recipes
-    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
+    from infopt.calibration.data import DataSpec
     from infopt.checkpoint import CheckpointReader, resolve
+    from infopt.cli.data import calibration_windows, told
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
     from infopt.exporters.convert import replace_by_gguf
@@ -190,21 +232,21 @@ def _run(
         check_gguf(reader, tokenizer)
     steps = recipes.build_steps(recipe)
     windows, data_report = None, None
-    if needs_data(recipe, steps):
-        data = recipe.calibration
-        spec = DataSpec(data.dataset, data.num_samples, data.seqlen, data.seed, data.split, data.column)
-        vocab = reader.config.get("vocab_size")
-        windows, data_report = load_windows(
-            spec, load_tokenizer(source), part="calibration", vocab_size=vocab if isinstance(vocab, int) else None
-        )
-        if len(windows) < data.num_samples:
-            _note(f"{data.dataset}: {len(windows)} calibration windows; {data.num_samples} were asked for")
+    if recorded:
+        recorded.check_model(reader)
+        data_report = {**recorded.about.data, "statistics": recorded.about.fingerprint()}
+        _note(f"statistics of the original model's inputs: {recorded.folder}")
+    elif needs_data(recipe, steps):
+        spec = DataSpec(**recipe.calibration.model_dump())
+        windows, data_report = calibration_windows(spec, source, reader.config)
         release()  # the tokenizer's tables
+    if data_report and team.writes:
+        _note(told(data_report))
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
-        run = Run(reader, recipe, steps, out, windows, data_report, form, team=team)
+        run = Run(reader, recipe, steps, out, windows, data_report, form, team=team, recorded=recorded)
         for line in tell(run.reader):
             _note(line)
         if recipe.target and not dry_run:

@@ -95,7 +95,9 @@ def _run(
     comparison: tuple[str, int] | None,
     gates: dict[str, float | None],
 ) -> tuple[dict[str, Any], Verdict | None]:
+    from infopt.calibration.data import DataSpec
     from infopt.checkpoint import CheckpointReader, resolve
+    from infopt.cli.data import calibration_windows, told
     from infopt.cli.verify import load
     from infopt.errors import Unsupported
     from infopt.memory import release
@@ -111,7 +113,10 @@ def _run(
             "its codes would be lost: heads are merged as floating numbers",
             "rewrite the original model, then quantize the result",
         )
-    windows, data_report = _calibration(source, reader.config, data) if options.needs_data else (None, None)
+    windows, data_report = None, None
+    if options.needs_data:
+        windows, data_report = calibration_windows(DataSpec(*data), source, reader.config)
+        note(told(data_report))
     release()
     compared = load(*comparison, data[2], source) if comparison else None
     began = time.monotonic()
@@ -131,25 +136,6 @@ def _run(
     costs = [dataclasses.asdict(cost) for cost in run.costs]
     report = {"output": str(output), "seconds": seconds, "settings": run.plan.settings, **measured}
     return {**report, "step_costs": costs, "verdict": verdict and verdict.to_json()}, verdict
-
-
-def _calibration(
-    source: Path, config: dict[str, Any], data: tuple[str, int, int, int]
-) -> tuple[Tensor, dict[str, Any]]:
-    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
-    from infopt.report import note
-
-    dataset, num_samples, seqlen, seed = data
-    vocab = (config.get("text_config") or config).get("vocab_size")
-    windows, report = load_windows(
-        DataSpec(dataset, num_samples, seqlen, seed),
-        load_tokenizer(source),
-        part="calibration",
-        vocab_size=vocab if isinstance(vocab, int) else None,
-    )
-    if len(windows) < num_samples:
-        note(f"{dataset}: {len(windows)} calibration windows; {num_samples} were asked for")
-    return windows, report
 
 
 def _verify(

@@ -28,6 +28,7 @@ TOLERANCE = 1e-5
 _ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 _SMALL = (16, 24)  # widths of the twin: different, so that a transposed matrix cannot fit
 _SIZES = (0.1, 1.0, 30.0)  # of the inputs of the proof: a gate that is clamped shows it on the largest
+_NOBODY = -1  # the index of no expert
 _RUN_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -70,12 +71,14 @@ class Experts(nn.ModuleList):
     """All experts of a layer. Called as the module that it replaces: (hidden [T, H], index [T, K], weights [T, K]).
 
     whole: experts that compute on every token, so that calibration sees them; only their own tokens take the answer.
+    real: tells which tokens are some, bool, where others only fill a batch; these reach no expert and are answered with zeros.
     delegate: computes in place of `forward` while it is set; calibration then works expert by expert.
     """
 
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
         self.whole: frozenset[int] = frozenset()
+        self.real: Callable[[], Tensor | None] | None = None
         self.delegate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def each(self) -> list[Expert]:
@@ -83,6 +86,9 @@ class Experts(nn.ModuleList):
         return [module for module in self if isinstance(module, Expert)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        real = self.real() if self.real is not None else None
+        if real is not None:
+            top_k_index = top_k_index.masked_fill(~real.view(*top_k_index.shape[:-1], 1), _NOBODY)
         if self.delegate is not None:
             return self.delegate(hidden_states, top_k_index, top_k_weights)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -90,7 +96,10 @@ class Experts(nn.ModuleList):
         for expert, module in enumerate(self.each()):
             token_N, weight_N = routed(expert, top_k_index, top_k_weights)
             if expert in self.whole:
-                add(out_TH, token_N, module(hidden_TH)[token_N], weight_N)
+                all_TH = torch.zeros_like(hidden_TH)
+                seen_T = somebody(top_k_index)
+                all_TH[seen_T] = module(hidden_TH[seen_T])
+                add(out_TH, token_N, all_TH[token_N], weight_N)
             elif len(token_N):
                 add(out_TH, token_N, module(hidden_TH[token_N]), weight_N)
         return out_TH.view_as(hidden_states)
@@ -100,6 +109,11 @@ def routed(expert: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]
     """(the tokens [N] that the router sends to an expert, their weights [N])."""
     token_N, slot_N = (index.reshape(-1, index.shape[-1]) == expert).nonzero(as_tuple=True)
     return token_N, weights.reshape(-1, weights.shape[-1])[token_N, slot_N]
+
+
+def somebody(index: Tensor) -> Tensor:
+    """Which tokens a router sends anywhere at all, bool [T]: not those that only fill a batch."""
+    return (index.reshape(-1, index.shape[-1]) != _NOBODY).all(-1)
 
 
 def add(out_TH: Tensor, token_N: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:

@@ -105,11 +105,11 @@ class WatchingCache:
 
     def __init__(self, stride: int = 8) -> None:
         self.seen: dict[str, list[Tensor]] = {"k": [], "v": []}
-        self._stride = stride
+        self.stride = stride
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         for which, x_BHTD in (("k", k_BHTD), ("v", v_BHTD)):
-            self.seen[which].append(x_BHTD[:, :, :: self._stride].float().clone())
+            self.seen[which].append(x_BHTD[:, :, :: self.stride].float().clone())
         return k_BHTD, v_BHTD
 
 

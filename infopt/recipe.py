@@ -94,7 +94,8 @@ class Target(_Strict):
 
 
 class CalibrationData(_Strict):
-    """Where calibration tokens come from: `num_samples` windows of `seqlen` tokens."""
+    """Where calibration tokens come from: `num_samples` windows of `seqlen` tokens, cut from all rows joined. padding: each
+    row is a window of its own instead, of `seqlen` tokens at most."""
 
     dataset: str = "builtin"
     num_samples: int = Field(default=128, ge=1)
@@ -102,6 +103,7 @@ class CalibrationData(_Strict):
     seed: int = 0
     split: str | None = None
     column: str | None = None
+    padding: bool = False
 
 
 class Recipe(_Strict):
@@ -111,8 +113,9 @@ class Recipe(_Strict):
     Without steps the weights stay as they are, and only the cache is quantized. rotate: before anything else, turn the residual
     stream and the values of every head by Hadamard matrices whose signs come from the calibration's seed.
 
-    sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), or only the
-    quantized blocks before its own (`block`).
+    sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), only the
+    quantized blocks before its own (`block`), or nothing quantized (`none`: they are the original model's, as statistics
+    that were stored by `infopt calibrate` are).
 
     group_fallback: what happens to a layer whose columns the group size does not divide: `error`, `adjust` (the largest
     group that divides, else the channel) or `skip` (left unquantized, in the report).
@@ -124,7 +127,7 @@ class Recipe(_Strict):
     description: str = ""
     steps: tuple[dict[str, dict[str, Any]], ...] = Field(default=(), strict=False)
     rotate: bool = False
-    sequential: Literal["space", "block"] = "block"
+    sequential: Literal["space", "block", "none"] = "block"
     weights: WeightScheme = WeightScheme()
     inputs: InputScheme | None = None
     kv_cache: CacheScheme | None = None
@@ -184,13 +187,26 @@ def parse_recipe(data: Any, source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        reason, fix = first["msg"], "`infopt recipe show awq` prints a complete recipe"
-        if first["type"] == "extra_forbidden":
-            reason = "there is no such key"
-            fix = did_you_mean(str(first["loc"][-1]), _fields(first["loc"][:-1])) or fix
-        raise UsageError(f"{source}: {place}", reason, fix) from error
+        raise _refusal(error, source) from error
+
+
+def parse_calibration(data: dict[str, Any]) -> CalibrationData:
+    """The same for the calibration data alone, as the command line gives it."""
+    try:
+        return CalibrationData.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(error, "command line") from error
+
+
+def _refusal(error: ValidationError, source: str) -> UsageError:
+    errors = error.errors()  # a key that nobody knows explains another one that is missing
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
+    place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+    reason, fix = first["msg"], "`infopt recipe show awq` prints a complete recipe"
+    if first["type"] == "extra_forbidden":
+        reason = "there is no such key"
+        fix = did_you_mean(str(first["loc"][-1]), _fields(first["loc"][:-1])) or fix
+    return UsageError(f"{source}: {place}", reason, fix)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -255,8 +271,8 @@ def _fields(location: tuple[Any, ...]) -> list[str]:
         "target": Target,
         "calibration": CalibrationData,
     }
-    model = models.get(str(location[0]), Recipe) if location else Recipe
-    return list(model.model_fields)
+    known = [models[part] for part in location if part in models]  # the last one is where the key stands
+    return list((known[-1] if known else Recipe).model_fields)
 
 
 class _Loader(yaml.SafeLoader):

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import infopt
 from infopt.errors import BadInput
 from infopt.header import read_json
 from infopt.output import write_json
@@ -88,6 +92,11 @@ class Marks:
 
     def _mark(self, i: int) -> Path:
         return self.folder / f"block-{i:05d}.json"
+
+
+def versions() -> dict[str, str]:
+    """What must be the same for marks to be of use."""
+    return {"infopt": infopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def file_digest(path: Path) -> str:

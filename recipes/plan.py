@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from infopt.errors import UsageError
+from infopt.errors import Unsupported, UsageError
 from infopt.grid import GROUPS, Grid, Inputs
 from infopt.kv_cache import CacheGrid
 from infopt.model import Skeleton
@@ -16,6 +16,7 @@ from infopt.recipe import Recipe, WeightScheme, match_layers
 from infopt.recipes.experts import float_parts
 
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WEIGHT_DTYPES = (*_SCALE_DTYPES, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Plan:
 
 
 def plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Raises UsageError for ignore patterns that match nothing and for groups that do not divide a layer's columns."""
+    """Raises UsageError for ignore patterns that match nothing and for groups that do not divide a layer's columns;
+    Unsupported for weights that are codes."""
     linears = {name: m for name, m in skeleton.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     inside = {name for name in linears if any(name.startswith(f"{block}.") for block in skeleton.blocks)}
     if not recipe.steps:  # only the cache is quantized
@@ -96,6 +98,12 @@ def _grid(skeleton: Skeleton, name: str, columns: int, recipe: Recipe, weights: 
     block = max((b for b in skeleton.blocks if name.startswith(f"{b}.")), key=len)
     key = skeleton.weight_key(skeleton.blocks.index(block), name.removeprefix(f"{block}."))
     stored = skeleton.weights.tensors[key].dtype
+    if stored not in _WEIGHT_DTYPES:
+        raise Unsupported(
+            f"{key} is stored as {str(stored).removeprefix('torch.')}",
+            "such numbers are codes, and config.json has no quantization_config that says of what",
+            "give the original model",
+        )
     size = weights.group_size
     words: dict[int | str, tuple[int | None, int | None]] = {
         "channel": (None, 1),

@@ -17,16 +17,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-import infopt
-from infopt.calibration.discover import discover, structure_key
 from infopt.calibration.lanes import enough_cores
+from infopt.calibration.recorded import Recorded
 from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
-from infopt.errors import BadInput, Unsupported, UsageError
+from infopt.errors import Unsupported, UsageError
+from infopt.experts import experts_in
 from infopt.exporters import compressed_tensors, kv_cache
 from infopt.exporters.folder import model_config, write_folder
 from infopt.exporters.formats import check
@@ -41,19 +40,21 @@ from infopt.quantizers.kv_cache import choose_scales
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
 from infopt.recipes import experts
-from infopt.recipes.marks import BlockReport, Marks, file_digest
+from infopt.recipes.blocks import Blocks
+from infopt.recipes.marks import BlockReport, Marks, file_digest, versions
 from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
 from infopt.recipes.rotation import changed_by, rotated, summary
 from infopt.rewriters.rotate import Rotated
 from infopt.team import ALONE, Team
-from infopt.topology import Space, Topology
+from infopt.topology import Space
 
 _ERROR_ROWS = 256  # output channels of a layer whose error is reported, evenly spread
 
 
 class Run:
-    """One run of a recipe, in the work folder of `output`. `windows_NT` may be None if no step needs data."""
+    """One run of a recipe, in the work folder of `output`. `windows_NT` may be None if no step needs data, or where
+    `recorded` statistics take its place."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Run:
         form: Format = compressed_tensors.FORMAT,
         allocation: dict[str, Any] | None = None,
         team: Team = ALONE,
+        recorded: Recorded | None = None,
     ) -> None:
         self.allocation, self.team = allocation, team
         if recipe.rotate and not isinstance(reader, Rotated):
@@ -76,22 +78,25 @@ class Run:
         self.plan = self._held(plan(self.skeleton, recipe))
         self.data_report = data_report
         self._marks = Marks(output.work / "parts")
-        self._stream = None
+        self._blocks = Blocks(self.skeleton, self._marks)
+        self._stream: Stream | Recorded | None = None
         self.cache = cache_grid(recipe)
-        if "shift" in _needs(steps) and recipe.sequential != "space":
+        if "shift" in needs_of(steps) and recipe.sequential != "space":
             raise UsageError(
                 "the step `correct` compares quantized inputs with original ones, space by space",
                 f"the recipe says sequential: {recipe.sequential}",
-                "--sequential space",
+                "--sequential space, without --calibration",
             )
-        if needs_data(recipe, steps):
+        if recorded and needs_data(recipe, steps):
+            rewrites = any(step.rewrites for step in steps)
+            recorded.check_recipe(recipe, needs_of(steps), rewrites, bool(experts_in(self.skeleton.model)))
+            self._stream = recorded
+        elif needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
-            share_NT, twin = team.share(windows_NT), "shift" in _needs(steps)
+            share_NT, twin = team.share(windows_NT), "shift" in needs_of(steps)
             self._stream = Stream(self.skeleton, share_NT, output.work / "hidden", twin, team)
             self._stream.min_expert_tokens = recipe.min_expert_tokens
-        self._topologies: dict[str, Topology] = {}
-        self._structures: dict[Any, str] = {}
 
     def _held(self, made: Plan) -> Plan:
         """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""
@@ -118,6 +123,11 @@ class Run:
     def _walks(self) -> bool:
         """Whether rounding stops at every space."""
         return self.recipe.sequential == "space" and any(step.needs for step in self.steps if not step.rewrites)
+
+    @property
+    def _float_inputs(self) -> bool:
+        """Whether layers are given what the original model's layers are."""
+        return self.recipe.sequential == "none"
 
     @property
     def gathers(self) -> bool:
@@ -160,10 +170,10 @@ class Run:
             "source": self.reader.fingerprint(),
             "recipe": self.recipe.model_dump(mode="json"),
             "format": self.form.name,
-            "data": (self.data_report or {}).get("sha256"),
+            "data": [(self.data_report or {}).get(key) for key in ("sha256", "statistics")],
             "threads": torch.get_num_threads(),
             "processes": self.team.size,
-            "versions": _versions(),
+            "versions": versions(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -174,19 +184,14 @@ class Run:
                                  self._stream.holds(i, digest))  # fmt: skip
         if not begun:
             return []
-        reports, self._topologies = begun
-        for i, report in enumerate(reports):  # structures are numbered as they are met: go on with the same numbers
-            key = structure_key(self.skeleton.model.get_submodule(self.skeleton.blocks[i]))
-            self._structures.setdefault(key, report.structure)
-        return reports
+        self._blocks.go_on(*begun)
+        return begun[0]
 
     # One block
 
     @torch.no_grad()
     def _block(self, i: int) -> BlockReport:
-        block = self.skeleton.load_block(i)
-        _check_finite(block, self.skeleton, i)
-        structure, topology = self._topology(i, block)
+        block, structure, topology = self._blocks.load(i)
         name = self.skeleton.blocks[i]
         work = BlockWork(
             block=block,
@@ -236,8 +241,12 @@ class Run:
 
         if self._stream:
             self._stream.cache = None
-        if self._stream and self.gathers:
-            needs = _needs(rewriting if self._walks else self.steps)
+        onward = None
+        if self._stream and self._float_inputs:
+            found, onward = self._stream.gather_and_advance(i, work.block, work.topology, needs_of(self.steps))
+            work.stats.update(found)
+        elif isinstance(self._stream, Stream) and self.gathers:
+            needs = needs_of(rewriting if self._walks else self.steps)
             work.stats.update(self._stream.gather(i, work.block, work.topology, needs))
         for step in rewriting:
             for space in work.topology.spaces:
@@ -245,12 +254,13 @@ class Run:
         scales = self._cache_scales(i, work.block)
         if self._stream:
             self._stream.cache = RoundingCache(self.cache, scales) if self.cache else None
-        if self._stream and self._walks:
-            return layers, self._stream.walk(i, work.block, work.topology, round_space, _needs(rounding)), scales
+        if isinstance(self._stream, Stream) and self._walks:
+            return layers, self._stream.walk(i, work.block, work.topology, round_space, needs_of(rounding)), scales
         for space in work.topology.spaces:
             round_space(space)
-        onward = self._stream if i + 1 < self.blocks else None
-        return layers, onward.advance(i, work.block) if onward else None, scales
+        if isinstance(self._stream, Stream) and not self._float_inputs and i + 1 < self.blocks:
+            onward = self._stream.advance(i, work.block)
+        return layers, onward, scales
 
     def _cache_scales(self, i: int, block: nn.Module) -> CacheScales | None:
         if self.cache is None or self.cache.strategy == "token" or self._stream is None:
@@ -274,18 +284,6 @@ class Run:
         prefix = f"{self.skeleton.blocks[i]}."
         return [name.removeprefix(prefix) for name in self.plan.grids if name.startswith(prefix)]
 
-    def _topology(self, i: int, block: nn.Module) -> tuple[str, Topology]:
-        """The block's topology, discovered once per structure, and the structure's name in the reports."""
-        key = structure_key(block)
-        if key not in self._structures:
-            name = f"topology-{len(self._structures)}"
-            self._structures[key] = name
-            if name not in self._topologies:
-                self._topologies[name] = discover(self.skeleton, i)
-                self._marks.write_topology(name, self._topologies[name])
-        name = self._structures[key]
-        return name, self._topologies[name]
-
     def _stored_dtype(self, i: int, op_name: str) -> torch.dtype:
         return self.reader.tensors[self.skeleton.weight_key(i, op_name)].dtype
 
@@ -297,6 +295,7 @@ class Run:
                 continue
             q = work.results[op.name]
             w_OI, q_OI = work.weight(op), q.dequantize()
+            self._check_scales(i, op.name, q)
             error = None
             if space.name in work.stats and "gram" in work.stats[space.name].needs:
                 some = slice(None, None, -(-len(w_OI) // _ERROR_ROWS))
@@ -313,6 +312,15 @@ class Run:
             }
             work.install(op)
         return layers
+
+    def _check_scales(self, i: int, op_name: str, q: QTensor) -> None:
+        if not bool(torch.isfinite(q.scale.float()).all()):
+            dtype = str(q.grid.scale_dtype).removeprefix("torch.")
+            raise Unsupported(
+                f"{self.skeleton.blocks[i]}.{op_name}: its weights need a scale larger than {dtype} can hold",
+                f"the largest is {float(torch.finfo(q.grid.scale_dtype).max):.0f}",
+                f"--format compressed-tensors --ignore '*.{op_name}'",
+            )
 
     def _write_part(self, i: int, work: BlockWork, scales: CacheScales | None) -> None:
         replaced: dict[str, dict[str, torch.Tensor]] = {}
@@ -361,11 +369,11 @@ class Run:
     def _summary(self, reports: list[BlockReport]) -> dict[str, Any]:
         """infopt.json: no times and no paths, so that the same run gives the same bytes."""
         return {
-            "versions": _versions(),
+            "versions": versions(),
             "threads": torch.get_num_threads(),
             **({"processes": self.team.size} if self.team.size > 1 else {}),
             "calibration": self.data_report,
-            "topologies": {name: t.to_json() for name, t in self._topologies.items()},
+            "topologies": {name: t.to_json() for name, t in self._blocks.topologies.items()},
             "blocks": [{"structure": r.structure, "notes": r.notes} for r in reports],
             "layers": {name: layer for r in reports for name, layer in r.layers.items()},
             "rewritten": changed_by(self.reader)
@@ -383,27 +391,13 @@ def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
     return any(step.needs for step in steps) or (recipe.kv_cache is not None and recipe.kv_cache.strategy != "token")
 
 
-def _needs(steps: list[Step]) -> frozenset[str]:
+def needs_of(steps: list[Step]) -> frozenset[str]:
+    """The statistics that some of the steps read."""
     return frozenset().union(*(step.needs for step in steps))
-
-
-def _check_finite(block: nn.Module, skeleton: Skeleton, i: int) -> None:
-    for path, parameter in block.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise BadInput(
-                f"{skeleton.blocks[i]}.{path} holds {bad} values that are NaN or infinite",
-                "a scale made from them would spoil its whole group",
-                "repair or download the model again",
-            )
 
 
 def _weights(results: dict[str, QTensor]) -> set[str]:
     return {f"{op}.weight" for op in results}
-
-
-def _versions() -> dict[str, str]:
-    return {"infopt": infopt.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def memory_needed(run: Run) -> int:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from infopt.calibration.discover import discover, structure_key
+from infopt.calibration.padding import only_real
 from infopt.calibration.stream import Stream
 from infopt.errors import BadInput
 from infopt.header import read_json
@@ -142,10 +143,11 @@ def _part(
 
 def _change(stream: Stream, i: int, block: nn.Module, outputs: list[torch.Tensor]) -> float:
     total, count = 0.0, 0
-    for new_BTC, old_BTC in zip(stream.outputs(i, block), outputs, strict=True):
+    for batch, (new_BTC, old_BTC) in enumerate(zip(stream.outputs(i, block), outputs, strict=True)):
         relative_BT = (new_BTC - old_BTC).square().sum(-1) / old_BTC.square().sum(-1).clamp_min(1e-30)
-        total += relative_BT.sum(dtype=torch.float64).item()
-        count += relative_BT.numel()
+        relative_R = only_real(relative_BT, stream.real(batch))
+        total += relative_R.sum(dtype=torch.float64).item()
+        count += relative_R.numel()
     return total / count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -123,6 +124,27 @@ def test_parquet_and_a_folder_give_the_same_rows_as_jsonl(tmp_path, tokenizer):
     assert torch.equal(windows(data, tokenizer, num_samples=500)[0], expected)
 
 
+def test_a_parquet_file_that_was_cut(tmp_path, tokenizer):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some text"] * 100}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:-1], whole[:4] + bytes(50) + whole[54:]):
+        with pytest.raises(BadInput, match="not a readable parquet file"):
+            windows(write(tmp_path, "b.parquet", part), tokenizer)
+
+
+def test_rows_that_repeat_are_rows(tmp_path, tokenizer):
+    lines = "\n".join([json.dumps({"text": "again"})] * 50)
+    ids_NT, report = windows(write(tmp_path, "a.jsonl", lines), tokenizer, padding=True, num_samples=100)
+    assert ids_NT.shape == (50, 5) and (report["rows_read"], report["windows"], report["windows_asked"]) == (
+        50,
+        50,
+        100,
+    )
+
+
 def test_byte_order_mark_and_crlf_do_not_reach_the_model(tmp_path, tokenizer):
     plain, _ = windows(write(tmp_path, "a.txt", "one line\ntwo lines\n"), tokenizer)
     windowsish, _ = windows(write(tmp_path, "b.txt", b"\xef\xbb\xbfone line\r\ntwo lines\r\n"), tokenizer)
@@ -165,6 +187,9 @@ def test_a_large_file_is_read_as_far_as_needed_and_says_so(tmp_path, tokenizer):
         ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}', "the chat template refuses"),
         ("a.parquet", b"PAR1 and not much more", "not a readable parquet file"),
         ("a.csv", b"text\nhello", "the name must end in"),
+        ("a.jsonl.gz", gzip.compress(bytes(2**24)), "the name must end in"),  # a bomb, not even opened
+        ("a.jsonl", b'{"text": "a"}\n' * 20_000 + b"{", "line 20001 is not valid JSON"),
+        ("a.jsonl", b'{"text": "abc"}\n{"text": ["a", 7]}', "line 2"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, tokenizer, name, content, says):
@@ -226,3 +251,29 @@ def test_tokenizers_load_from_a_folder_and_bad_ones_are_refused(tmp_path, tokeni
     for name in ("empty", "broken", "absent"):
         with pytest.raises(BadInput, match="tokenizer"):
             load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_windows_of_their_own(tmp_path, tokenizer, side):
+    """Cut after seqlen tokens, filled up behind; the tokenizer's own pad token and side play no part."""
+    tokenizer.padding_side, tokenizer.pad_token = side, "!"
+    lines = [json.dumps({"text": row}) for row in ("short", "", "a row that is cut", "exactly8", "more")]
+    ids_NT, report = windows(write(tmp_path, "a.jsonl", "\n".join(lines)), tokenizer, padding=True, num_samples=3)
+    rows = [tokenizer(row).input_ids for row in ("short", "a row th", "exactly8")]
+    assert ids_NT.tolist() == [row + [-1] * (8 - len(row)) for row in rows]
+    assert report["tokens"] == 5 + 17 + 8 and report["tokens_used"] == 5 + 8 + 8
+    assert (report["rows_read"], report["rows_empty"], report["rows_cut"], report["windows"]) == (5, 1, 1, 3)
+    drawn = [windows(tmp_path / "a.jsonl", tokenizer, padding=True, num_samples=2, seed=s)[0] for s in (1, 1, 2, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1]) and any(not torch.equal(drawn[0], other) for other in drawn)
+
+
+def test_padded_windows_are_no_longer_than_the_longest_row(tmp_path, tokenizer):
+    """And the rows of a text are its paragraphs."""
+    ids_NT, report = windows(write(tmp_path, "a.txt", "one\n\n\n\nthree\n\nfive"), tokenizer, padding=True, seqlen=512)
+    assert [decoded(tokenizer, row[row >= 0]) for row in ids_NT] == ["one", "three", "five"]
+    assert ids_NT.shape == (3, 5) and report["windows_asked"] == 4
+
+
+def test_packed_rows_report_what_was_used(tmp_path, tokenizer):
+    _, report = windows(write(tmp_path, "a.txt", "x" * 100), tokenizer)
+    assert (report["tokens"], report["tokens_used"], report["padding"]) == (100, 32, False)

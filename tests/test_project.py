@@ -117,6 +117,7 @@ def test_help_does_not_import_torch():
     "command",
     [
         "quantize",
+        "calibrate",
         "verify",
         "eval",
         "generate",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from infopt.exporters.folder import open_model
 
@@ -64,6 +65,22 @@ def test_two_processes_make_what_one_makes(family: str, flags: tuple[str, ...], 
     assert one.keys() == two.keys()
     same = torch.cat([(one[name] == two[name]).flatten() for name in one]).float().mean().item()
     assert same > 0.995, f"only {same:.2%} of the weights are the same"
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
+    model = tiny("mixtral", tmp_path / "m")
+    flags = (*WINDOWS, "--dataset", str(text(tmp_path)))
+    done = run_together("calibrate", str(model), "-o", str(tmp_path / "two"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("calibration data: ") == done.stderr.count("wrote ") == 1, "one process speaks"
+    assert infopt("calibrate", model, "-o", tmp_path / "one", *flags).code == 0
+    for i in range(2):
+        one, two = (load_file(tmp_path / name / f"block-0000{i}.safetensors") for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name in one:
+            if not name.endswith(("/sample", "cache/k", "cache/v")):  # some of the tokens, and not the same ones
+                torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-3)
 
 
 def test_more_processes_than_windows_is_a_clear_error(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""Padded windows: what fills them up is in no statistic, no attention, no router's count; so they are the same rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt.calibration.discover import discover
+from infopt.calibration.padding import NO_TOKEN, check_causal, padded, real_tokens
+from infopt.calibration.stats import InputStats
+from infopt.calibration.stream import Stream
+from infopt.checkpoint import CheckpointReader
+from infopt.errors import Unsupported
+from infopt.model import Skeleton
+from infopt.recipes.sensitivity import _change
+
+from .tools import tiny
+
+LENGTHS = (40, 7, 23, 1, 40, 12, 31, 5, 9, 2, 17, 3, 11, 38)  # two batches
+FAMILIES = (
+    "llama",
+    "gemma3",
+    "mixtral",
+    *(pytest.param(f, marks=pytest.mark.slow) for f in ("falcon_alibi", "gpt2", "qwen3_moe")),
+)
+
+
+def rows() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 90, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def skeleton_of(model: Path) -> Skeleton:
+    reader = CheckpointReader(model)
+    return Skeleton(reader.config, reader)
+
+
+def merged(parts: list[dict[str, InputStats]]) -> dict[str, InputStats]:
+    whole, *rest = parts
+    for part in rest:
+        for name, stats in part.items():
+            whole[name].merge(stats)
+    return whole
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).norm() <= 1e-5 * other.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_the_rows_one_by_one(family: str, tmp_path: Path) -> None:
+    """Both blocks, by gathering and by walking: sums, maxima, samples, counts of experts, keys and values."""
+    skeleton = skeleton_of(tiny(family, tmp_path / "m"))
+    together = Stream(skeleton, padded(rows()), tmp_path / "all")
+    alone = [Stream(skeleton, torch.tensor([row]), tmp_path / str(n)) for n, row in enumerate(rows())]
+    for stream in (together, *alone):
+        stream.start()
+    for i in range(2):
+        block = skeleton.load_block(i)
+        topology = discover(skeleton, i)
+        block = skeleton.load_block(i)
+        caches = [together.watch_cache(i, block), *(stream.watch_cache(i, block) for stream in alone)]
+        for which in "kv":
+            one, *others = (cache[which][0].transpose(1, 2).flatten(0, 1) for cache in caches)
+            assert close(one, torch.cat(others))
+        walked: dict[str, InputStats] = {}
+        if i == 0:
+            together.walk(i, block, topology, lambda space, found: walked.update({space.name: found}))  # noqa: B023
+        wanted = merged([stream.gather_and_advance(i, block, topology)[0] for stream in alone])
+        for got in (together.gather_and_advance(i, block, topology)[0], walked):
+            for name, stats in got.items():
+                assert stats.tokens == wanted[name].tokens and stats.routed == wanted[name].routed
+                assert close(stats.gram, wanted[name].gram)
+                assert close(stats.mean_abs, wanted[name].mean_abs) and close(stats.max_abs, wanted[name].max_abs)
+    dense = wanted[topology.spaces[0].name]
+    assert dense.tokens == sum(LENGTHS)
+
+
+def test_a_sample_holds_no_padding(tmp_path: Path) -> None:
+    skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
+    block = skeleton.load_block(0)
+    topology = discover(skeleton, 0)
+    block = skeleton.load_block(0)
+    stream = Stream(skeleton, padded(rows()), tmp_path / "h")
+    stream.start()
+    seen: list[torch.Tensor] = []
+    reader = block.get_submodule(topology.spaces[0].readers[0])
+    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    stats = stream.gather(0, block, topology)[topology.spaces[0].name]
+    handle.remove()
+    batches = sorted(seen[-2:], key=len, reverse=True)  # before them the proof that the block looks at no later token
+    real = torch.cat(batches)[padded(rows()) != NO_TOKEN]
+    assert len(stats.sample) > 1
+    assert all(bool((row == real).all(1).any()) for row in stats.sample)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_starved_expert_is_shown_tokens_only(family: str, tmp_path: Path) -> None:
+    skeleton = skeleton_of(tiny(family, tmp_path / "m"))
+    topology = discover(skeleton, 0)
+    block = skeleton.load_block(0)
+    stream = Stream(skeleton, padded(rows()), tmp_path / "h")
+    stream.min_expert_tokens = 10**6
+    stream.start()
+    walked: dict[str, InputStats] = {}
+    gathered = stream.gather(0, block, topology)
+    stream.walk(0, block, topology, lambda space, found: walked.update({space.name: found}))
+    for stats in (gathered, walked):
+        routed = [stats[s.name] for s in topology.spaces if ".experts." in s.readers[0]]
+        assert {found.tokens for found in routed} == {sum(LENGTHS)}
+        assert sum(found.routed or 0 for found in routed) == 2 * 2 * sum(
+            LENGTHS
+        )  # two experts a token, two spaces each
+
+
+def test_windows_are_filled_up_at_their_end() -> None:
+    windows_NT = padded([[5, 6, 7], [8]])
+    assert windows_NT.tolist() == [[5, 6, 7], [8, NO_TOKEN, NO_TOKEN]]
+    assert real_tokens(torch.tensor([[1, 2], [3, 4]])) is None
+    with pytest.raises(ValueError, match="end"):
+        real_tokens(torch.tensor([[NO_TOKEN, 2], [3, 4]]))
+
+
+def test_blocks_that_look_ahead_are_refused(tmp_path: Path) -> None:
+    skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
+    block, call = skeleton.load_block(0), skeleton.calls(1, 8)[0]
+    hidden_BTC = torch.randn(1, 8, skeleton.width, generator=torch.Generator().manual_seed(1))
+    check_causal("layer", block, call, hidden_BTC)
+    call.kwargs["attention_mask"] = torch.zeros(1, 1, 8, 8)  # everyone sees everyone
+    with pytest.raises(Unsupported, match="later tokens"):
+        check_causal("layer", block, call, hidden_BTC)
+
+
+def test_the_search_of_bits_does_not_look_at_padding(tmp_path: Path) -> None:
+    """The change of a block's output that its rounding makes is the mean over tokens, each row's by its length."""
+    skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
+    streams = [Stream(skeleton, padded(rows()), tmp_path / "all")]
+    streams += [Stream(skeleton, torch.tensor([row]), tmp_path / str(n)) for n, row in enumerate(rows())]
+    for stream in streams:
+        stream.start()
+    block = skeleton.load_block(0)
+    with torch.no_grad():
+        outputs = [list(stream.outputs(0, block)) for stream in streams]
+        block.get_submodule("mlp.down_proj").weight.mul_(1.1)
+        whole, *parts = (_change(stream, 0, block, before) for stream, before in zip(streams, outputs, strict=True))
+    assert whole == pytest.approx(
+        sum(n * part for n, part in zip(LENGTHS, parts, strict=True)) / sum(LENGTHS), rel=1e-5
+    )
