@@ -211,6 +211,7 @@ def _run(
     from infopt.exporters.gguf_export import check_gguf
     from infopt.memory import release
     from infopt.output import OutputFolder
+    from infopt.recipes.compose import note_lineage, rewrite_first, rewrite_options
     from infopt.recipes.rotation import tell
     from infopt.recipes.run import Run, needs_data
     from infopt.team import Team
@@ -230,13 +231,19 @@ def _run(
         )
     if form.name in GGUF_FORMATS:
         check_gguf(reader, tokenizer)
-    steps = recipes.build_steps(recipe)
+    steps, rewriting = recipes.build_steps(recipe), rewrite_options(recipe)
+    if rewriting and team.size > 1:
+        raise UsageError("a recipe with a rewrite", "it runs in one process", "run it without torchrun")
     windows, data_report = None, None
     if recorded:
+        if rewriting:
+            raise UsageError(
+                "--calibration with a rewrite", "the statistics are the original model's", "drop --calibration"
+            )
         recorded.check_model(reader)
         data_report = {**recorded.about.data, "statistics": recorded.about.fingerprint()}
         _note(f"statistics of the original model's inputs: {recorded.folder}")
-    elif needs_data(recipe, steps):
+    elif needs_data(recipe, steps) or (rewriting and rewriting.needs_data):
         spec = DataSpec(**recipe.calibration.model_dump())
         windows, data_report = calibration_windows(spec, source, reader.config)
         release()  # the tokenizer's tables
@@ -246,6 +253,12 @@ def _run(
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
+        first = None
+        if rewriting and not dry_run:
+            _note("rewriting first")
+            shown = _Progress(reader.config.get("num_hidden_layers") or 0)
+            first = rewrite_first(reader, rewriting, out, windows, data_report, compared, resume, shown)
+            reader = CheckpointReader(first.folder)
         run = Run(reader, recipe, steps, out, windows, data_report, form, team=team, recorded=recorded)
         for line in tell(run.reader):
             _note(line)
@@ -262,6 +275,7 @@ def _run(
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
         run(resume, _Progress(run.blocks))
         quantized = time.monotonic()
+        lineage = note_lineage(out.stage, first, recipe, compared) if first else {}
         verdict = None
         if compared is not None:
             verdict = _verify(out.stage, source, compared, gates)
@@ -274,6 +288,7 @@ def _run(
         "output": str(output),
         "seconds_quantizing": quantized - started,
         "verdict": verdict and verdict.to_json(),
+        **lineage,
     }
     if verdict:
         verdict.raise_for_gates()

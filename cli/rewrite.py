@@ -13,6 +13,8 @@ from infopt.errors import UsageError
 from infopt.rewriters.options import RewriteOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from infopt.recipes.marks import BlockReport
@@ -43,6 +45,10 @@ def rewrite(
     heal: Annotated[bool, typer.Option(help="Train each block towards the original block's answers.")] = True,
     steps: Annotated[int, typer.Option(min=1, help="Healing: steps a block.")] = RewriteOptions.steps,
     lr: Annotated[float, typer.Option(help="Healing: the learning rate.")] = RewriteOptions.lr,
+    heal_steps: Annotated[
+        int, typer.Option(min=0, help="Then train the whole model on the original's predictions, so many steps.")
+    ] = RewriteOptions.heal_steps,
+    heal_lr: Annotated[float, typer.Option(help="The learning rate of these steps.")] = RewriteOptions.heal_lr,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory for the steps, more time; both are reported.")
     ] = False,
@@ -71,8 +77,8 @@ def rewrite(
 
     options = RewriteOptions(
         kv_heads=kv_heads, grouping=group, merge=merge, refit=refit, heal=heal, steps=steps, lr=lr,
-        checkpointing=checkpointing, curve=curve and heal and verify, window=window, every=every, sinks=sinks,
-        rotate=rotate, seed=seed if rotate else 0,
+        heal_steps=heal_steps, heal_lr=heal_lr, checkpointing=checkpointing, curve=curve and heal and verify,
+        window=window, every=every, sinks=sinks, rotate=rotate, seed=seed if rotate else 0,
     )  # fmt: skip
     gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
     if not verify and any(value is not None for value in gates.values()):
@@ -123,7 +129,7 @@ def _run(
     with OutputFolder(output, overwrite=switches[0], source=source) as out:
         run = RewriteRun(reader, options, out, windows, data_report)
         _tell_plan(run)
-        run(switches[1], _Progress(run.blocks))
+        run(switches[1], _Progress(run.blocks), _tell_step(options.heal_steps))
         seconds = time.monotonic() - began
         verdict, measured = None, _cache(run) if options.attention else {}
         if compared is not None:
@@ -134,23 +140,32 @@ def _run(
     _tell(run, measured)
     note(f"wrote {output}; rewritten in {seconds:.1f} s")
     costs = [dataclasses.asdict(cost) for cost in run.costs]
+    more = [dataclasses.asdict(cost) for cost in run.distill_costs]
     report = {"output": str(output), "seconds": seconds, "settings": run.plan.settings, **measured}
-    return {**report, "step_costs": costs, "verdict": verdict and verdict.to_json()}, verdict
+    return {
+        **report,
+        "step_costs": costs,
+        "distillation_costs": more,
+        "verdict": verdict and verdict.to_json(),
+    }, verdict
 
 
 def _verify(
     run: RewriteRun, source: Path, compared: tuple[Tensor, dict[str, Any]], gates: dict[str, float | None]
 ) -> tuple[Verdict, dict[str, Any]]:
     """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
-    from infopt.recipes.rewrite_report import healing_curve, window_curve
+    from infopt.recipes.rewrite_report import healing_curve, plots, window_curve
     from infopt.report import progress, show_verdict
     from infopt.runtime.verify import Gates, verify
 
     windows_NT, data = compared
     verdict = verify(run.output.stage, source, windows_NT, Gates(**gates), data=data, progress=progress)
     show_verdict(verdict)
+    healing = healing_curve(run, windows_NT)
+    for name, picture in plots(run, healing).items():
+        (run.output.stage / name).write_text(picture, encoding="utf-8")
     curves = {
-        "healing": [dataclasses.asdict(point) for point in healing_curve(run, windows_NT)],
+        "healing": [dataclasses.asdict(point) for point in healing],
         "windows": [dataclasses.asdict(point) for point in window_curve(run, windows_NT)],
     }
     return verdict, curves
@@ -204,12 +219,33 @@ def _tell(run: RewriteRun, measured: dict[str, Any]) -> None:
         f"cache, bf16: {one['before']:,} to {one['after']:,} bytes a token; "
         f"{whole['before'] / 1e6:,.1f} to {whole['after'] / 1e6:,.1f} MB for {cache['context']:,} tokens"
     )
-    if run.costs:
-        plain, again = run.costs
-        note(
-            f"checkpointing: {again.bytes / 1e6:.1f} MB and {again.seconds:.3f} s a step; "
-            f"{plain.bytes / 1e6:.1f} MB and {plain.seconds:.3f} s without"
-        )
+    for what, costs in (("a step of a block", run.costs), ("a window of the distillation", run.distill_costs)):
+        if costs:
+            plain, again = costs
+            note(
+                f"checkpointing, {what}: {again.bytes / 1e6:.1f} MB and {again.seconds:.3f} s; without "
+                f"{plain.bytes / 1e6:.1f} MB and {plain.seconds:.3f} s "
+                f"({plain.bytes / again.bytes:.1f} times smaller, {again.seconds / plain.seconds - 1:+.0%} time)"
+            )
+    if run.distilled:
+        done = run.distilled
+        kept = "" if done.kept else ": not lower, so the blocks stay as they were healed"
+        note(f"distilled: {done.tokens:,} tokens; KL on held-out windows {done.before:.4f} to {done.after:.4f}{kept}")
+
+
+def _tell_step(steps: int) -> Callable[[int, float], None]:
+    """A line for every eighth step of the distillation, with the time left at the pace since the first."""
+    from infopt.report import note
+
+    first: list[tuple[int, float]] = []
+
+    def tell(step: int, loss: float) -> None:
+        first[:] = first or [(step, time.monotonic())]
+        pace = (time.monotonic() - first[0][1]) / max(step - first[0][0], 1)
+        if step % 8 == 0 or step == steps:
+            note(f"distillation {step}/{steps}  KL {loss:.4f}  {pace * (steps - step):.0f} s left")
+
+    return tell
 
 
 class _Progress:

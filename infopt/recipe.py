@@ -111,7 +111,8 @@ class Recipe(_Strict):
     the inputs of quantized layers are rounded, None if they are not. kv_cache: how the cache is, None for a float one.
     overrides: layers with other weights, the first that matches counts. target: a budget from which overrides are made.
     Without steps the weights stay as they are, and only the cache is quantized. rotate: before anything else, turn the residual
-    stream and the values of every head by Hadamard matrices whose signs come from the calibration's seed.
+    stream and the values of every head by Hadamard matrices whose signs come from the calibration's seed. rewrite: before that,
+    fewer key-value heads or a sliding window, by the options of `infopt rewrite`: {kv_heads: 4, heal_steps: 64}.
 
     sequential: what a layer's calibration inputs have passed: the quantized layers before it (`space`), only the
     quantized blocks before its own (`block`), or nothing quantized (`none`: they are the original model's, as statistics
@@ -127,6 +128,7 @@ class Recipe(_Strict):
     description: str = ""
     steps: tuple[dict[str, dict[str, Any]], ...] = Field(default=(), strict=False)
     rotate: bool = False
+    rewrite: dict[str, Any] | None = None
     sequential: Literal["space", "block", "none"] = "block"
     weights: WeightScheme = WeightScheme()
     inputs: InputScheme | None = None

@@ -4,6 +4,8 @@
     refit the output projection and train the block, both on the hidden states that the rewritten blocks before it give;
     round to the stored type, run on, write, mark, free
 
+With `heal_steps` the whole model is then trained on the original's predictions (`infopt.recipes.rewrite_distill`).
+
 Two streams of activations lie on disk, the original's and the rewritten model's; one block of each is in memory. Marks and
 resume are those of `infopt.recipes.run`: a killed run goes on after its last finished block, to the same bytes.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.output import OutputFolder, free_space_check, merge_shards, write_json, write_manifest, write_safetensors
 from infopt.recipes.marks import BlockReport, Marks, file_digest
-from infopt.recipes.rewrite_block import BlockRewrite, Streams
+from infopt.recipes.rewrite_block import BlockRewrite, Streams, trained
+from infopt.recipes.rewrite_distill import Distillation, Distilled
 from infopt.recipes.rewrite_plan import plan_rewrite
 from infopt.recipes.rotation import changed_by, rotated, summary
 from infopt.rewriters.heal import StepCost
@@ -57,10 +61,14 @@ class RewriteRun:
         self._marks = Marks(output.work / "parts")
         self._reports: list[BlockReport] = []
         self._streams: Streams | None = None
-        self.costs: list[StepCost] = []
+        self.costs: list[StepCost] = []  # of a step of a block's healing without and with checkpointing
+        self.distill_costs: list[StepCost] = []  # of one window of the distillation
         self.has_effect = self.plan.regroups or (
             options.window is not None and windows_NT is not None and windows_NT.shape[1] > options.window
         )
+        self._windows_NT = windows_NT if self.has_effect else None
+        self.distilled: Distilled | None = None
+        self._distilled_keys: set[str] = set()
         if windows_NT is not None and self.has_effect:
             self._streams = Streams(self.source, self.target, windows_NT, output.work)
 
@@ -68,12 +76,18 @@ class RewriteRun:
     def blocks(self) -> int:
         return len(self.source.blocks)
 
-    def __call__(self, resume: bool, on_block: Callable[[BlockReport, bool], None]) -> list[BlockReport]:
-        """Rewrite every block, then assemble the folder in `output.stage` with its manifest (not yet committed)."""
+    def __call__(
+        self,
+        resume: bool,
+        on_block: Callable[[BlockReport, bool], None],
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> list[BlockReport]:
+        """Rewrite every block, then assemble the folder in `output.stage` with its manifest (not yet committed); on_step is
+        told of every step of the distillation, and its loss."""
         free_space_check(self.output.work, sum(info.nbytes for info in self.reader.tensors.values()))
         done = self._resume() if resume else []
         if not done:
-            self._marks.restart(self._fingerprint(), self._start())
+            self._marks.restart(self.fingerprint(), self._start())
         for report in done:
             on_block(report, True)
         reports = list(done)
@@ -81,7 +95,9 @@ class RewriteRun:
             reports.append(self._block(i))
             on_block(reports[-1], False)
         self._reports = reports
-        self._assemble()
+        self._assemble([self._marks.part(i) for i in range(self.blocks)])
+        if self.options.heal_steps and self._windows_NT is not None:
+            self._distill(self._windows_NT, resume, on_step)
         return reports
 
     def note(self, more: dict[str, Any]) -> None:
@@ -94,7 +110,8 @@ class RewriteRun:
     def _start(self) -> str | None:
         return self._streams.start() if self._streams else None
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Everything that decides the output's bytes."""
         parts = {
             "source": self.reader.fingerprint(),
             "options": self.options.to_json(),
@@ -108,7 +125,7 @@ class RewriteRun:
         def holds(i: int, digests: str) -> bool:
             return self._streams is None or i == self.blocks or self._streams.holds(i, digests)
 
-        begun = self._marks.read(self._fingerprint(), holds)
+        begun = self._marks.read(self.fingerprint(), holds)
         return [] if begun is None else begun[0]
 
     # One block
@@ -152,6 +169,53 @@ class RewriteRun:
             },
         )
 
+    # The whole model
+
+    def _distill(self, windows_NT: Tensor, resume: bool, on_step: Callable[[int, float], None] | None) -> None:
+        """Train the model of the stage on the original's predictions; the stage is the result, where it is better."""
+        written = CheckpointReader(self.output.stage)
+        student = Skeleton(model_config(written.config), written)
+        state = self.output.work / "distillation.safetensors"
+        if not resume:
+            state.unlink(missing_ok=True)
+        try:
+            for skeleton in (self.source, student):
+                skeleton.load_outer()
+                for i in range(self.blocks):
+                    skeleton.load_block(i)
+            parameters = {
+                student.tensor_key(i, path): parameter
+                for i, name in enumerate(student.blocks)
+                for path, parameter in trained(student, i, student.model.get_submodule(name)).items()
+            }
+            work = Distillation(self.source, student, windows_NT, parameters, state, self.fingerprint())
+            if self.options.checkpointing:
+                self.distill_costs = work.costs()
+            options = self.options
+            self.distilled = work(options.heal_steps, options.heal_lr, options.checkpointing, on_step)
+            if self.distilled.kept:
+                self._distilled_keys = set(parameters)
+                self._write_distilled(student, written, parameters)
+        finally:
+            for i in range(self.blocks):
+                self.source.free_block(i)
+            self.source.free_outer()
+            release()
+
+    def _write_distilled(
+        self, student: Skeleton, written: CheckpointReader, parameters: dict[str, torch.nn.Parameter]
+    ) -> None:
+        folder = self.output.work / "distilled"
+        folder.mkdir(exist_ok=True)
+        parts = [folder / self._marks.part(i).name for i in range(self.blocks)]
+        for i, part in enumerate(parts):
+            values = {
+                key: parameters[key].detach().to(written.tensors[key].dtype) if key in parameters else written.get(key)
+                for key in student.block_keys(i)
+            }
+            write_safetensors(part, values)
+        self._assemble(parts)
+
     # The folder
 
     def _curve_part(self, label: str, i: int) -> Path:
@@ -177,6 +241,13 @@ class RewriteRun:
         self._write_model(folder, [self._curve_part(label, i) for i in range(self.blocks)])
         return folder
 
+    def folder_before_distilling(self) -> Path:
+        """A model folder in the work folder with every block as it was healed."""
+        folder = self.output.work / "curve" / "healed"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_model(folder, [self._marks.part(i) for i in range(self.blocks)])
+        return folder
+
     def folder_with(self, settings: dict[str, Any], name: str) -> Path:
         """A folder with the weights of the stage (as links to the same files) and other settings in its config."""
         folder = self.output.work / "curve" / name
@@ -198,10 +269,10 @@ class RewriteRun:
         merge_shards([outer, *parts], folder)
         write_folder(folder, self.reader, None, self._settings({}))
 
-    def _assemble(self) -> None:
+    def _assemble(self, parts: list[Path]) -> None:
         stage = self.output.stage
         stage.mkdir(parents=True, exist_ok=True)
-        self._write_model(stage, [self._marks.part(i) for i in range(self.blocks)])
+        self._write_model(stage, parts)
         write_json(stage / "infopt.json", self._summary())
         write_manifest(stage)
 
@@ -217,7 +288,10 @@ class RewriteRun:
             "blocks": [
                 {"structure": r.structure, "notes": r.notes, **next(iter(r.layers.values()))} for r in self._reports
             ],
-            "rewritten": sorted({*changed_by(self.reader), *(key for r in self._reports for key in r.rewritten)}),
+            **({"distilled": asdict(self.distilled)} if self.distilled else {}),
+            "rewritten": sorted(
+                {*changed_by(self.reader), *(key for r in self._reports for key in r.rewritten), *self._distilled_keys}
+            ),
             **summary(self.reader),
         }
 

@@ -64,6 +64,19 @@ class Streams:
                 yield hidden_BTC, old_call, new_call
 
 
+def trained(skeleton: Skeleton, i: int, block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of block i that are one floating tensor each of the checkpoint; others (stacked experts) stay."""
+    found = {}
+    for path, parameter in block.named_parameters():
+        try:
+            key = skeleton.tensor_key(i, path)
+        except Unsupported:
+            continue
+        if skeleton.weights.tensors[key].dtype in _TRAINED:
+            found[path] = parameter
+    return found
+
+
 class BlockRewrite:
     """Block `index` on its way. changed: paths of the parameters that the rewrite changed. report: numbers for infopt.json."""
 
@@ -196,8 +209,8 @@ class BlockRewrite:
         weight.copy_(fit.solve(weight))
 
     def _heal(self, block: nn.Module, streams: Streams, snapshot: Callable[[str], None]) -> None:
-        parameters = self._trainable(block)
-        untouched, trained = set(self.changed), self.changed | set(parameters)
+        parameters = trained(self.source, self.index, block)
+        untouched = set(self.changed)
         steps = self.options.steps
         points = {max(1, steps // 4): CURVE[2], max(1, steps // 2): CURVE[3]}
         if self.plan.regroups:
@@ -215,7 +228,7 @@ class BlockRewrite:
         if self.options.checkpointing and self.index == 0:
             batch = next(streams.batches(0, held=False))
             self.costs = [measure(block, parameters, batch, checkpointing) for checkpointing in (False, True)]
-        self.changed = trained
+        self.changed = untouched | set(parameters)
         done = heal(
             block,
             parameters,
@@ -231,18 +244,6 @@ class BlockRewrite:
         if not done.kept:
             self.changed = untouched
             self.notes.append("healing did not lower the error on held-out windows: the block is as it was before")
-
-    def _trainable(self, block: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that are one floating tensor each of the checkpoint; others (stacked experts) stay as they are."""
-        found = {}
-        for path, parameter in block.named_parameters():
-            try:
-                key = self.source.tensor_key(self.index, path)
-            except Unsupported:
-                continue
-            if self.source.weights.tensors[key].dtype in _TRAINED:
-                found[path] = parameter
-        return found
 
     def _round(self, block: nn.Module) -> None:
         """What goes on through the stream is what is written."""

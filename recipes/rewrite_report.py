@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from infopt.plot import Chart, svg
 from infopt.recipes.rewrite import RewriteRun
 from infopt.recipes.rewrite_block import CURVE
 from infopt.runtime.model import RuntimeModel
@@ -41,10 +42,12 @@ class Point:
 def healing_curve(run: RewriteRun, windows_NT: Tensor, on_block: Callable[[], None] | None = None) -> list[Point]:
     """The distance to the original at the points of the healing, the written model last; empty without snapshots."""
     labels = [label for label in CURVE if run.has_points(label)]
-    if not labels:
+    distilled = run.distilled if run.distilled and run.distilled.kept else None
+    if not labels and not distilled:
         return []
     tokens = run.tokens()
     folders = [run.folder_of(label) for label in labels]
+    folders += [run.folder_before_distilling()] if distilled else []
     found = compare_each(
         RuntimeModel(run.reader.folder),
         [RuntimeModel(folder) for folder in (*folders, run.output.stage)],
@@ -52,7 +55,10 @@ def healing_curve(run: RewriteRun, windows_NT: Tensor, on_block: Callable[[], No
         on_block,
     )
     start = {} if run.plan.regroups else {"merged": "window set"}
-    names = [((_NAMES | start)[label], tokens.get(label, 0)) for label in labels] + [("healed", tokens.get("all", 0))]
+    names = [((_NAMES | start)[label], tokens.get(label, 0)) for label in labels] + [
+        ("healed" if run.options.heal else "rewritten", tokens.get("all", 0))
+    ]
+    names += [("distilled", tokens.get("all", 0) + distilled.tokens)] if distilled else []
     return [Point(name, seen, c.kl_mean, c.perplexity, c.top1) for (name, seen), c in zip(names, found, strict=True)]
 
 
@@ -67,6 +73,24 @@ def window_curve(run: RewriteRun, windows_NT: Tensor, on_block: Callable[[], Non
     return [
         Point(f"window {width}", 0, c.kl_mean, c.perplexity, c.top1) for width, c in zip(widths, found, strict=True)
     ]
+
+
+def plots(run: RewriteRun, points: list[Point]) -> dict[str, str]:
+    """The report's pictures, by file name: the distance to the original and the loss of the distillation."""
+    made = {}
+    if points:
+        line = [(float(point.tokens), point.kl) for point in points]
+        dots = [("#c00", point.name, at) for point, at in zip(points, line, strict=True)]
+        above = (
+            f"KL to the original, nats: {max(y for _, y in line):.4f} (top) to {min(y for _, y in line):.4f} (bottom)"
+        )
+        made["healing.svg"] = svg([Chart([("#06c", line)], dots, above, f"healing tokens: 0 to {line[-1][0]:,.0f}")])
+    if run.distilled and run.distilled.losses:
+        losses = [(float(step), loss) for step, loss in enumerate(run.distilled.losses, 1)]
+        held = [(0.0, run.distilled.before), (float(len(losses)), run.distilled.after)]
+        above = f"KL to the original, nats: {max(y for _, y in losses + held):.4f} (top); red: on windows held out"
+        made["distillation.svg"] = svg([Chart([("#06c", losses), ("#c00", held)], [], above, f"steps: {len(losses)}")])
+    return made
 
 
 def cache_report(run: RewriteRun, tokens: int) -> dict[str, Any]:

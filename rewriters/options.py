@@ -16,7 +16,8 @@ class RewriteOptions:
     """kv_heads, window: what changes; None leaves it. every: each such layer keeps full attention. rotate: turn the residual
     stream and the values first, with signs from the seed; the function stays. The rest says how.
 
-    steps, lr: of the gradient healing of each block; a step is one batch of about 1024 tokens. curve: keep what the blocks
+    steps, lr: of the gradient healing of each block; a step is one batch of about 512 tokens. heal_steps, heal_lr: of the
+    distillation of the whole model after that, about 1024 tokens each; 0 leaves it out. curve: keep what the blocks
     were at some points of the healing, to measure the distance to the original against the tokens seen.
     """
 
@@ -26,7 +27,9 @@ class RewriteOptions:
     refit: bool = True
     heal: bool = True
     steps: int = 64
-    lr: float = 3e-4
+    lr: float = 1e-3
+    heal_steps: int = 0
+    heal_lr: float = 1e-4
     checkpointing: bool = False
     curve: bool = True
     window: int | None = None
@@ -43,8 +46,14 @@ class RewriteOptions:
                 raise UsageError(f"{name} {value}", f"known: {', '.join(known)}", f"{name} {known[0]}")
         if self.every is not None and self.window is None:
             raise UsageError("--every without --window", "it says which layers keep full attention", "--window 1024")
-        if not 0 < self.lr <= 1:
-            raise UsageError(f"--lr {self.lr}", "it must be above 0 and at most 1", f"--lr {RewriteOptions.lr}")
+        for flag, rate, usual in (
+            ("--lr", self.lr, RewriteOptions.lr),
+            ("--heal-lr", self.heal_lr, RewriteOptions.heal_lr),
+        ):
+            if not 0 < rate <= 1:
+                raise UsageError(f"{flag} {rate}", "it must be above 0 and at most 1", f"{flag} {usual}")
+        if self.heal_steps and not self.attention:
+            raise UsageError("--heal-steps", "a rotation leaves the function: nothing is to be healed", "leave it out")
 
     @property
     def attention(self) -> bool:
@@ -55,8 +64,10 @@ class RewriteOptions:
     def needs_data(self) -> bool:
         """Whether calibration text must be read."""
         regroups = self.kv_heads is not None
-        return (self.heal and self.attention) or (
-            regroups and (self.refit or self.merge == "lstsq" or self.grouping == "similarity")
+        return (
+            (self.heal and self.attention)
+            or self.heal_steps > 0
+            or (regroups and (self.refit or self.merge == "lstsq" or self.grouping == "similarity"))
         )
 
     def to_json(self) -> dict[str, Any]:

