@@ -16,6 +16,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
+from infopt.runtime.rank import RankModel
 
 KVCache = Literal["stored", "float", "fp8", "int8", "int4"]
 #: What a user asks for where nothing was calibrated: a scale for each token and head, taken when it is stored.
@@ -65,14 +67,18 @@ class Engine:
     """A model that is ready to generate.
 
     folder, precision: see `RuntimeModel`. cache: "stored" as the folder says (fp32 where it says nothing), or another
-    type. Raises what the reader raises, and Unsupported for a model that cannot be run from such a cache.
+    type. part: one rank's part of the model, whose other ranks are called in the same way at the same time. Raises what
+    the reader raises, and Unsupported for a model that cannot be run from such a cache.
     """
 
-    def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
-        self.folder, self.precision = Path(folder), precision
-        check_folder(self.folder)
-        self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
-        self._check_memory(available())
+    def __init__(
+        self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored", part: RankModel | None = None
+    ) -> None:
+        self.folder, self.precision, self._part = Path(folder), precision, part
+        if part is None:
+            check_folder(self.folder)
+        self._runtime = part or RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
+        self._check_memory(available(), part.described.tp if part else 1)
         self._runtime.load_outer()
         self.model = self._runtime.skeleton.model
         self.config = self.model.config.get_text_config()
@@ -87,7 +93,7 @@ class Engine:
         self._head: PackedHead | None = None
         self.decoder: Decoder | None = None
         self._prove()
-        if precision == "packed":
+        if precision == "packed" and part is None:
             self._pack_outer()
             self._find_decoder()
 
@@ -163,7 +169,7 @@ class Engine:
         else:
             logits_BV = self._forward(ids_BQ, step)[:, -1].float()
         step.commit()
-        return logits_BV
+        return logits_BV if self._part is None else self._part.agreed(logits_BV)
 
     def prefill(self, cache: PagedCache, request: Request, ids: Sequence[int]) -> Tensor:
         """Read a prompt in the cache's pieces; logits_V of what follows it."""
@@ -184,16 +190,16 @@ class Engine:
 
     # Loading
 
-    def _check_memory(self, limit: int | None) -> None:
+    def _check_memory(self, limit: int | None, ranks: int = 1) -> None:
         """Raise OutOfResources where the weights alone do not fit: the system would end the process without a word."""
         reader, quantized = self._runtime.reader, self._runtime.quantized
-        needed = 0.0
+        needed, each = 0.0, f"; {ranks} ranks share them" if ranks > 1 else ""
         for name, info in reader.tensors.items():
             grid = quantized.get(name.removesuffix(".weight")) if self.precision == "packed" else None
             wide = 4.0 if grid is None or grid.kind == "float" else grid.bits / 8
             needed += wide * math.prod(info.shape)
-        if limit is not None and needed > limit:
-            what = f"{self.folder} needs {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB are free"
+        if limit is not None and needed > limit / ranks:
+            what = f"{self.folder} needs {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB are free{each}"
             raise OutOfResources(
                 what, "All its blocks are kept.", "Try --precision packed; infopt eval needs one block."
             )
@@ -202,7 +208,7 @@ class Engine:
     def _load_block(self, i: int) -> None:
         """Block i as it is, or for `packed` a fused one in its place where it is proven to be the same."""
         runtime = self._runtime
-        if self.precision == "packed":
+        if self.precision == "packed" and isinstance(runtime, RuntimeModel):
             runtime.precision = "exact"  # the proof is one about fp32
             block = runtime.load_block(i)
             call = runtime.skeleton.calls(1, PROOF_TOKENS)[i]
@@ -277,6 +283,9 @@ class Engine:
         apart = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
         if not apart <= TOLERANCE[self.precision]:
             raise _refused(name, f"Its answer differs by {apart:.1e} (relative) from that without a cache.")
+        if self._part is not None:
+            kinds = zip(self.kinds, cache.stores, strict=True)
+            self.kinds = [replace(kind, heads=store.used()) for kind, store in kinds]
 
 
 def _refused(name: str, why: str) -> Unsupported:

@@ -27,7 +27,7 @@ from infopt.exporters.folder import model_config, open_model
 from infopt.exporters.kv_cache import read_grid, read_scales
 from infopt.exporters.quantized import QuantizedReader
 from infopt.kernels.cpu import Precision
-from infopt.kv_cache import CacheScales, RoundingCache, attention_path, with_cache
+from infopt.kv_cache import CacheGrid, CacheScales, RoundingCache, attention_path, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.qtensor import QTensor
@@ -148,13 +148,9 @@ class RuntimeModel:
 
     def cache_scales(self, i: int) -> CacheScales | None:
         """The calibrated scales of block i's cache, None where there are none (a float cache, or dynamic scales)."""
-        if self.cache is None or self.cache.strategy == "token":
-            return None
-        if self._unit_cache:
+        if self.cache is not None and self._unit_cache and self.cache.strategy != "token":
             return CacheScales.unit(self.cache)
-        block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
-        path = self.skeleton.stored_path(i, attention_path(block))
-        return read_scales(path, self.cache, getattr(self.reader, "stored", {}))
+        return stored_scales(self.skeleton, i, self.cache, self.reader)
 
     # The outer parts, and whole passes
 
@@ -211,6 +207,15 @@ class RuntimeModel:
     def logits(self, hidden_TC: Tensor) -> Tensor:
         """logits_TV, fp32, for some tokens' last hidden states; the outer parts must be loaded."""
         return self.skeleton.logits(hidden_TC[None])[0].to(torch.float32)
+
+
+def stored_scales(skeleton: Skeleton, i: int, cache: CacheGrid | None, reader: CheckpointReader) -> CacheScales | None:
+    """What the folder holds of block i's cache; see `RuntimeModel.cache_scales`."""
+    if cache is None or cache.strategy == "token":
+        return None
+    block = skeleton.model.get_submodule(skeleton.blocks[i])
+    path = skeleton.stored_path(i, attention_path(block))
+    return read_scales(path, cache, getattr(reader, "stored", {}))
 
 
 class _View:
