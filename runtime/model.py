@@ -40,17 +40,24 @@ _TOKENS_PER_STEP = 512  # more does not fill a processor better, and attention m
 class RuntimeModel:
     """A folder's model, one block in memory at a time.
 
-    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. cache: a quantized
-    key-value cache as the folder says, a float one, or one with scales of 1 (what some servers make of it). Raises what the
+    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. device: where
+    everything is computed, and lies while it is in memory. cache: a quantized key-value cache as
+    the folder says, a float one, or one with scales of 1 (what some servers make of it). Raises what the
     reader and the skeleton raise: BadInput, Unsupported.
     """
 
-    def __init__(self, folder: Path, precision: Precision = "exact", cache: CacheChoice = "stored") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision = "exact",
+        cache: CacheChoice = "stored",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.folder = Path(folder)
-        self.precision = precision
+        self.precision, self.device = precision, device
         self.reader = open_model(self.folder)
         self._view = _View(self.reader)
-        self.skeleton = Skeleton(model_config(self.reader.config), self._view)
+        self.skeleton = Skeleton(model_config(self.reader.config), self._view, device=device)
         self._ops = [self._quantized_ops(i) for i in range(len(self.skeleton.blocks))]
         self._view.hollow = {f"{key}.weight" for ops in self._ops for key in ops.values()}
         self._originals: dict[int, dict[str, nn.Module]] = {}
@@ -92,7 +99,7 @@ class RuntimeModel:
             self._originals[i][op_name] = original
             bias = getattr(original, "bias", None)
             if isinstance(self.reader, QuantizedReader):  # it is, or there would be no such ops
-                _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
+                _put(block, op_name, QuantLinear(self.reader.qtensor(key).to(self.device), bias, self.precision))
         return block
 
     def codes_of(self, i: int) -> Callable[[str], QTensor | None]:
@@ -100,7 +107,11 @@ class RuntimeModel:
         ops, reader = self._ops[i], self.reader
 
         def codes(path: str) -> QTensor | None:
-            return reader.qtensor(ops[path]) if path in ops and isinstance(reader, QuantizedReader) else None
+            return (
+                reader.qtensor(ops[path]).to(self.device)
+                if path in ops and isinstance(reader, QuantizedReader)
+                else None
+            )
 
         return codes
 
@@ -174,7 +185,7 @@ class RuntimeModel:
         parts = []
         for some in _steps(windows_NT):
             self.skeleton.calls(*windows_NT[some].shape)  # captured here, where the outer parts are in memory
-            parts.append(self.skeleton.embed(windows_NT[some]))
+            parts.append(self.skeleton.embed(windows_NT[some].to(self.device)))
         self.free_outer()
         return torch.cat(parts)
 

@@ -53,12 +53,20 @@ class LayerKind:
 class PagedCache:
     """Pages for `requests` texts of `tokens` tokens at once, or more of shorter ones; `chunk` is the longest step.
 
-    Memory is taken when a layer stores its first token. Raises OutOfResources where there is not enough.
+    Memory is taken when a layer stores its first token, on its device; `device` is where the indices go. Raises
+    OutOfResources where there is not enough.
     """
 
-    def __init__(self, kinds: Sequence[LayerKind], tokens: int, requests: int = 1, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[LayerKind],
+        tokens: int,
+        requests: int = 1,
+        chunk: int = 512,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.kinds = tuple(kinds)
-        self.chunk = chunk
+        self.chunk, self.device = chunk, device
         self.rings = {window: _Ring(window, tokens, requests, chunk) for window in {kind.window for kind in kinds}}
         self.stores = [_Store(kind, self.rings[kind.window].slots) for kind in kinds]
 
@@ -264,7 +272,7 @@ class Step(Cache):
     def positions(self) -> Tensor:
         """int64 [B, Q]: each new token's place in its text."""
         starts = torch.tensor([request.length for request in self.requests])
-        return starts[:, None] + torch.arange(self.count)
+        return (starts[:, None] + torch.arange(self.count)).to(self.cache.device)
 
     def mask(self) -> Tensor | None:
         """int64 [B, K], 1 where a request has a token, right-aligned; None where all have the same length."""
@@ -272,7 +280,7 @@ class Step(Cache):
         if min(lengths) == max(lengths):
             return None
         total = max(lengths)
-        return (torch.arange(total) >= total - torch.tensor(lengths)[:, None]).long()
+        return (torch.arange(total) >= total - torch.tensor(lengths)[:, None]).long().to(self.cache.device)
 
     # What transformers asks of a cache
 
@@ -351,13 +359,14 @@ class Step(Cache):
             writes.append(_slots(request.tables[window], request.length, end))
         offset = 0 if window is None else max(0, self.past - window + 1)
         length = self.past + self.count - offset
+        here = [_on(self.cache.device, part) for part in reads]
         if len(reads) == 1:
-            return _Plan(writes[0], reads[0], length, offset, reads)
+            return _Plan(_on(self.cache.device, writes[0]), here[0], length, offset, here)
         write = torch.cat([_indices(part) for part in writes])
         read_BK = torch.zeros(len(reads), length, dtype=torch.int64)
         for row_K, part in zip(read_BK, map(_indices, reads), strict=True):
             row_K[length - len(part) :] = part
-        return _Plan(write, read_BK.flatten(), length, offset, reads)
+        return _Plan(write.to(self.cache.device), read_BK.flatten().to(self.cache.device), length, offset, here)
 
 
 def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
@@ -368,6 +377,10 @@ def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
         return slice(start * PAGE + first % PAGE, start * PAGE + end - low * PAGE)
     position_N = torch.arange(first, end)
     return table[position_N // PAGE % count] * PAGE + position_N % PAGE
+
+
+def _on(device: torch.device | str, slots: Tensor | slice) -> Tensor | slice:
+    return slots if isinstance(slots, slice) else slots.to(device)
 
 
 def _indices(slots: Tensor | slice) -> Tensor:
