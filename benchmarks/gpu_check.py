@@ -36,6 +36,7 @@ import gpu_report  # noqa: E402
 import gpu_timing  # noqa: E402
 import torch  # noqa: E402
 from gpu_ops import LIMITS, OPS, Case, Contender, Op  # noqa: E402
+from gpu_step import STEP_OP  # noqa: E402
 from gpu_triton_ops import TRITON_OPS  # noqa: E402
 
 from infopt.errors import InfoptError, Unsupported  # noqa: E402
@@ -47,7 +48,7 @@ MEASURING = 0.5  # of the budget, not to be spent on checking
 LAST_CASE = 8.0  # seconds
 #: What another kernel does not have or cannot do here is no failure of ours.
 _MISSING = (ImportError, RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError)
-ALL = (*OPS[:1], *TRITON_OPS, *OPS[1:])  # in the order in which they are measured
+ALL = (*OPS[:1], *TRITON_OPS[:4], STEP_OP, *TRITON_OPS[4:], *OPS[1:])  # in the order in which they are measured
 
 
 def main() -> int:

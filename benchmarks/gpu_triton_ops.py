@@ -1,4 +1,4 @@
-"""The rows of `gpu_check.py` whose kernels are Triton's, and a whole decoding step of an 8B model.
+"""The rows of `gpu_check.py` whose kernels are Triton's.
 
 Shapes are Llama 3 8B's: 32 heads of queries, 8 of keys, 128 channels. Triton is imported when a row is run.
 
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_ops import BFLOAT, CUBLAS, GATE_UP, LAYERS, OURS, Call, Case, Contender, Op, Problem, linear_op, problems_of
+from gpu_ops import BFLOAT, CUBLAS, GATE_UP, OURS, Call, Case, Contender, Op, Problem, linear_op
 from torch import Tensor
 
 from infopt.grid import Grid, Inputs
 from infopt.kernels import reference
-from infopt.kernels.cuda import decode as cuda_decode
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import PAGE, Pages
 from infopt.kv_cache import CacheGrid
@@ -28,15 +26,15 @@ GRIDS = {"bf16": None, "int8": INT8, "fp8": CacheGrid("float", 8, "token"), "int
 EPS = 1e-5
 
 
-def _source(*names: str) -> tuple[str, ...]:
+def source(*names: str) -> tuple[str, ...]:
     return tuple(f"kernels/triton/{name}.py" for name in ("numeric", *names))
 
 
-def _random(generator: torch.Generator, *shape: int) -> Tensor:
+def random(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device).to(BFLOAT)
 
 
-def _no_flops(_: Case) -> int:
+def no_flops(_: Case) -> int:
     return 0
 
 
@@ -56,8 +54,8 @@ class Rows:
 def _rows(kind: str, parts: int) -> Callable[[Case, torch.Generator], Rows]:
     def make(case: Case, generator: torch.Generator) -> Rows:
         shape = (case.tokens, case.sizes * parts)
-        weight = 1 + 0.1 * _random(generator, case.sizes)
-        return Rows(_random(generator, *shape), _random(generator, *shape), weight, kind)
+        weight = 1 + 0.1 * random(generator, case.sizes)
+        return Rows(random(generator, *shape), random(generator, *shape), weight, kind)
 
     return make
 
@@ -120,8 +118,8 @@ def _rows_op(name: str, kind: str, gated: bool, cases: tuple[Case, ...]) -> Op:
         ours, torchs, wanted = _norm, _norm_torch, _norm_reference
         moved = lambda r: 3 * r.x.nbytes + r.x.numel() * width  # noqa: E731
     return Op(
-        name, _source("rows"), cases, BFLOAT, _rows(kind, 2 if gated else 1), wanted, Contender("infopt", ours, moved),
-        (Contender("torch", torchs, moved),), _no_flops, lambda case: 1, ceiling="copy_bytes_per_s",
+        name, source("rows"), cases, BFLOAT, _rows(kind, 2 if gated else 1), wanted, Contender("infopt", ours, moved),
+        (Contender("torch", torchs, moved),), no_flops, lambda case: 1, ceiling="copy_bytes_per_s",
     )  # fmt: skip
 
 
@@ -142,7 +140,7 @@ class Texts:
 def _pages(slots: int, heads: int, width: int, grid: CacheGrid | None, generator: torch.Generator) -> Pages:
     device = generator.device
     if grid is None:
-        return Pages(_random(generator, slots, heads, width))
+        return Pages(random(generator, slots, heads, width))
     pages = Pages.empty(slots, heads, width, grid, device=device)
     x_NHD = torch.randn(slots, heads, width, generator=generator, device=device)
     for some in torch.arange(slots, device=device).split(8192):
@@ -150,14 +148,14 @@ def _pages(slots: int, heads: int, width: int, grid: CacheGrid | None, generator
     return pages
 
 
-def _texts(kind: str) -> Callable[[Case, torch.Generator], Texts]:
+def texts(kind: str) -> Callable[[Case, torch.Generator], Texts]:
     def make(case: Case, generator: torch.Generator) -> Texts:
         context, queries, heads, width = case.sizes
         device, count = generator.device, -(-context // PAGE)
         order = torch.randperm(case.tokens * count, generator=generator, device=device)
         keys, values = (_pages(case.tokens * count * PAGE, heads, width, GRIDS[kind], generator) for _ in range(2))
         lengths = torch.full((case.tokens,), context, device=device)
-        q_BHD = _random(generator, case.tokens, queries, width)
+        q_BHD = random(generator, case.tokens, queries, width)
         return Texts(q_BHD, keys, values, order.view(case.tokens, count), lengths)
 
     return make
@@ -176,7 +174,7 @@ def _decode_reference(t: Texts) -> list[Tensor]:
     return [torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), v)]
 
 
-def _cloned(pages: Pages) -> Pages:
+def cloned(pages: Pages) -> Pages:
     parts = {name: getattr(pages, name) for name in ("codes", "scale", "zero")}
     return replace(pages, **{name: None if part is None else part.clone() for name, part in parts.items()})
 
@@ -184,7 +182,7 @@ def _cloned(pages: Pages) -> Pages:
 def _decode(t: Texts) -> Call:
     from infopt.kernels.triton import decode
 
-    keys, values, scaling = _cloned(t.keys), _cloned(t.values), t.q_BHD.shape[2] ** -0.5
+    keys, values, scaling = cloned(t.keys), cloned(t.values), t.q_BHD.shape[2] ** -0.5
     pages = torch.full_like(t.lengths, t.tables.shape[1])
     return lambda: [decode.paged_decode(t.q_BHD, keys, values, t.tables, pages, t.lengths, scaling)]
 
@@ -195,7 +193,7 @@ def _decode_sdpa(t: Texts) -> Call:
     return lambda: [F.scaled_dot_product_attention(t.q_BHD[:, :, None], k, v, enable_gqa=True)[:, :, 0]]
 
 
-def _cached(t: Texts) -> int:
+def cached(t: Texts) -> int:
     parts = (part for half in (t.keys, t.values) for part in (half.codes, half.scale, half.zero) if part is not None)
     return sum(part.nbytes for part in parts) + 2 * t.q_BHD.nbytes
 
@@ -203,8 +201,8 @@ def _cached(t: Texts) -> int:
 def _decode_op(kind: str, cases: tuple[Case, ...]) -> Op:
     anchor = Contender("SDPA bf16", _decode_sdpa, lambda t: 4 * t.keys.codes[..., :1].numel() * t.q_BHD.shape[2])
     return Op(
-        f"decode-attention-{kind}", _source("decode"), cases, BFLOAT, _texts(kind), _decode_reference,
-        Contender("infopt", _decode, _cached), (anchor,), _no_flops, lambda case: 2,
+        f"decode-attention-{kind}", source("decode"), cases, BFLOAT, texts(kind), _decode_reference,
+        Contender("infopt", _decode, cached), (anchor,), no_flops, lambda case: 2,
     )  # fmt: skip
 
 
@@ -219,7 +217,7 @@ class Prompt:
 def _prompt(case: Case, generator: torch.Generator) -> Prompt:
     queries, heads, width, window = case.sizes
     shapes = ((queries, case.tokens), (heads, case.tokens), (heads, case.tokens))
-    return Prompt(*(_random(generator, 1, *shape, width) for shape in shapes), window)
+    return Prompt(*(random(generator, 1, *shape, width) for shape in shapes), window)
 
 
 def _prefill_reference(p: Prompt) -> list[Tensor]:
@@ -283,7 +281,7 @@ def _coded(kind: str) -> Callable[[Case, torch.Generator], Codes]:
     def make(case: Case, generator: torch.Generator) -> Codes:
         rows, columns = case.sizes
         inputs = Inputs("int" if kind == "int8" else "float")
-        x, w = (reference.quantize(_random(generator, n, columns).float(), inputs) for n in (case.tokens, rows))
+        x, w = (reference.quantize(random(generator, n, columns).float(), inputs) for n in (case.tokens, rows))
         return Codes(*x, *w)
 
     return make
@@ -324,129 +322,15 @@ def _gemm_op(kind: str) -> Op:
     torchs = Contender("_int_mm" if kind == "int8" else "_scaled_mm", _gemm_torch, _code_bytes)
     cublas = Contender("cublas bf16", _gemm_cublas, lambda c: 2 * _code_bytes(c))
     return Op(
-        "w8a8" if kind == "int8" else "fp8", _source("gemm"), tuple(Case("8B gate_up", t, GATE_UP) for t in (2048, 32)),
+        "w8a8" if kind == "int8" else "fp8", source("gemm"), tuple(Case("8B gate_up", t, GATE_UP) for t in (2048, 32)),
         BFLOAT, _coded(kind), _codes_reference, Contender("infopt", _gemm, _code_bytes), (torchs, cublas),
         lambda case: 2 * case.tokens * case.sizes[0] * case.sizes[1], lambda case: 1, peak=2.0,
     )  # fmt: skip
 
 
-# --- a step of a whole model --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """`layers` blocks, in turns of those whose weights are given; a head in bf16; texts with a cache in bf16."""
-
-    blocks: list[list[Problem]]
-    layers: int
-    head: Tensor
-    texts: Texts
-    angles: tuple[Tensor, Tensor]
-    weight_C: Tensor
-
-
-def _model(case: Case, generator: torch.Generator) -> Model:
-    layers, distinct, vocabulary, context, (queries, heads, width), shapes = case.sizes
-    make = problems_of(Grid(4, 128, True, BFLOAT), BFLOAT)
-    blocks = [make(Case("", case.tokens, shapes), generator) for _ in range(distinct)]
-    texts = _texts("bf16")(Case("", case.tokens, (context, queries, heads, width)), generator)
-    columns, device = shapes[0][1], generator.device
-    angle = torch.rand(case.tokens, width // 2, generator=generator, device=device).repeat(1, 2)
-    head = _random(generator, vocabulary, columns) * columns**-0.5
-    return Model(blocks, layers, head, texts, (angle.cos(), angle.sin()), 1 + 0.1 * _random(generator, columns))
-
-
-Multiply = Callable[[int, int, Tensor], Tensor]  # which block, which layer of it
-
-
-def _step(m: Model, multiply: Multiply, ops: Any, keys: Pages, values: Pages) -> list[Tensor]:
-    """One token of each text; ops: `add_rms_norm`, `rope_write`, `paged_decode`, `gated`. Weights are so random that each
-    layer's answer is scaled to the size of the stream."""
-    t, (cos, sin) = m.texts, m.angles
-    x = m.blocks[0][0].x_TI
-    h = torch.zeros_like(x)
-    slots = t.tables[torch.arange(len(x), device=x.device), (t.lengths - 1) // PAGE] * PAGE + (t.lengths - 1) % PAGE
-    heads = t.q_BHD.shape[1] + 2 * keys.heads
-    for layer in range(m.layers):
-        block = layer % len(m.blocks)
-        y, h = ops.norm(x, h, m.weight_C)
-        qkv = multiply(block, 0, y).view(len(x), heads, t.q_BHD.shape[2])
-        q = ops.rope_write(qkv, cos, sin, slots, keys, values)
-        x = multiply(block, 1, ops.attend(q, keys, values).flatten(1))
-        y, h = ops.norm(x, h, m.weight_C)
-        x = multiply(block, 3, ops.gated(multiply(block, 2, y)))
-    return [F.linear(ops.norm(x, h, m.weight_C)[0].to(m.head.dtype), m.head)]
-
-
-@dataclass(frozen=True)
-class Ops:
-    norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    rope_write: Callable[..., Tensor]
-    attend: Callable[[Tensor, Pages, Pages], Tensor]
-    gated: Callable[[Tensor], Tensor]
-
-
-def _triton_ops(t: Texts) -> Ops:
-    from infopt.kernels.triton import cache, decode, rows
-
-    pages, scaling = torch.full_like(t.lengths, t.tables.shape[1]), t.q_BHD.shape[2] ** -0.5
-
-    def norm(x: Tensor, h: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-        y, _, h = rows.add_rms_norm(x, h, weight_C, EPS)
-        return y, h
-
-    return Ops(
-        norm,
-        lambda qkv, cos, sin, slots, keys, values: cache.rope_write(
-            qkv, cos, sin, None, None, 0.0, slots, keys, values
-        ),
-        lambda q, keys, values: decode.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
-        lambda x: rows.gated(x, "silu")[0],
-    )
-
-
-def _w4_step(m: Model) -> Call:
-    own, keys, values = (
-        [[p.packed for p in block] for block in m.blocks],
-        _cloned(m.texts.keys),
-        _cloned(m.texts.values),
-    )
-    ops = _triton_ops(m.texts)
-    return lambda: _step(m, lambda block, i, y: cuda_decode.multiply(own[block][i], y), ops, keys, values)
-
-
-def _bf16_step(m: Model) -> Call:
-    own = [[p.q.dequantize(BFLOAT) for p in block] for block in m.blocks]
-    keys, values, ops = _cloned(m.texts.keys), _cloned(m.texts.values), _triton_ops(m.texts)
-    return lambda: _step(m, lambda block, i, y: F.linear(y, own[block][i]), ops, keys, values)
-
-
-def _step_reference(m: Model) -> list[Tensor]:
-    """fp32 between the roundings that the cache and the residual stream have."""
-    t = m.texts
-    own = [[p.q.dequantize(torch.float32) for p in block] for block in m.blocks]
-    pages, scaling = torch.full_like(t.lengths, t.tables.shape[1]), t.q_BHD.shape[2] ** -0.5
-    ops = Ops(
-        lambda x, h, weight_C: reference.add_rms_norm(x, h, weight_C, EPS),
-        lambda qkv, cos, sin, slots, keys, values: reference.rope_write(
-            qkv, cos, sin, None, None, 0.0, slots, keys, values
-        ),
-        lambda q, keys, values: reference.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
-        lambda x: reference.gated(x, "silu"),
-    )
-    keys, values = _cloned(t.keys), _cloned(t.values)
-    wide = replace(m, head=m.head.float())
-    found = _step(wide, lambda block, i, y: F.linear(y.float(), own[block][i]).to(BFLOAT), ops, keys, values)
-    return [y.double() for y in found]
-
-
-def _step_bytes(m: Model, packed: bool) -> int:
-    layer = sum(p.packed.nbytes if packed else 2 * p.q.codes.numel() for p in m.blocks[0])
-    return m.layers * (layer + _cached(m.texts)) + m.head.nbytes
-
+# --- the rows -----------------------------------------------------------------------------------------------------
 
 HEADS = (32, 8, 128)
-STEP = (32, 4, 128256, 1024, HEADS, LAYERS["8B layer"])
 _TEXTS = tuple(Case(f"{b} x {k} tokens", b, (k, *HEADS)) for b, k in ((1, 65536), (16, 4096)))
 _PROMPTS = (Case("4096 causal", 4096, (*HEADS, None)), Case("4096, window 1024", 4096, (*HEADS, 1024)))
 _WIDE, _GATES = (Case("4096 wide", t, 4096) for t in (4096,)), (Case("14336 wide", t, 14336) for t in (4096,))
@@ -456,17 +340,10 @@ TRITON_OPS = (
     _decode_op("int8", _TEXTS),
     _rows_op("add-rms-norm", "none", False, _NORMS),
     _rows_op("swiglu", "none", True, _ACTS),
-    Op(
-        "8B-decode-step", ("kernels/cuda/decode.cuh", *_source("rows", "cache", "decode")),
-        tuple(Case("32 layers, 1024 tokens", b, STEP) for b in (1, 16)), BFLOAT, _model, _step_reference,
-        Contender("infopt W4", _w4_step, lambda m: _step_bytes(m, True)),
-        (Contender("the same in bf16", _bf16_step, lambda m: _step_bytes(m, False)),), _no_flops,
-        lambda case: 10 * case.sizes[0] + 2, limit=5e-2,
-    ),
     _rows_op("add-rms-norm-int8", "int8", False, _NORMS),
     _rows_op("swiglu-int8", "int8", True, _ACTS),
     Op(
-        "prefill-attention", _source("attention"), _PROMPTS, BFLOAT, _prompt, _prefill_reference,
+        "prefill-attention", source("attention"), _PROMPTS, BFLOAT, _prompt, _prefill_reference,
         Contender("infopt", _prefill, _prompt_bytes), (Contender("SDPA", _prefill_sdpa, _prompt_bytes),), _scores,
         lambda case: 1,
     ),
@@ -474,7 +351,7 @@ TRITON_OPS = (
     _decode_op("int4", _TEXTS[:1]),
     linear_op(
         "triton-w4a16-g128", Grid(4, 128, True, BFLOAT), BFLOAT, ("8B gate_up", "8B down"), (64, 128), (CUBLAS,),
-        Contender("infopt", _triton_w4, OURS.nbytes), _source("weight"),
+        Contender("infopt", _triton_w4, OURS.nbytes), source("weight"),
     ),
     _gemm_op("int8"),
     _gemm_op("fp8"),

@@ -25,6 +25,7 @@ import gpu_check  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_timing  # noqa: E402
 from gpu_ops import LAYERS, OPS, Call, Case, Contender, Op, Problem  # noqa: E402
+from gpu_step import STEP_OP  # noqa: E402
 from gpu_triton_ops import TRITON_OPS  # noqa: E402
 
 SMALL = Case("small", 3, ((128, 256), (48, 128)))
@@ -193,7 +194,7 @@ def checked(op: Op, case: Case, factor: float = 1.0) -> dict:
     return row
 
 
-@pytest.mark.parametrize("op", [op for op in TRITON_OPS if op.name != "8B-decode-step"], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
 def test_the_rows_of_triton_are_right_and_notice_what_is_not(op) -> None:
     pytest.importorskip("triton")
     from . import triton_tools  # noqa: F401  which repairs the interpreter
@@ -216,7 +217,7 @@ def test_a_step_of_a_whole_model_is_right() -> None:
     pytest.importorskip("triton")
     from . import triton_tools  # noqa: F401
 
-    op = next(op for op in TRITON_OPS if op.name == "8B-decode-step")
+    op = STEP_OP
     shapes = ((256, 128), (128, 128), (256, 128), (128, 128))
     model = op.make(Case("tiny", 2, (3, 2, 96, 20, (4, 2, 32), shapes)), torch.Generator().manual_seed(0))
     wanted = op.reference(model)[0]
