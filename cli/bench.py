@@ -82,6 +82,10 @@ def save(path: Path, text: str) -> None:
         raise UsageError(f"--plot {path}", str(error), "Choose another file.") from error
 
 
+def _times(speed: Speed) -> float:
+    return speed.cache_bytes_per_token_bf16 / max(speed.cache_bytes_per_token, 1e-9)
+
+
 def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
     """The table's rows: a name and each model's figure."""
     from infopt.report import megabytes
@@ -96,7 +100,7 @@ def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
         ("weights in files", lambda s: megabytes(s.weight_bytes)),
         ("weights read for a token", lambda s: megabytes(s.weight_bytes_read_per_step)),
         ("cache, bytes per token", lambda s: f"{s.cache_bytes_per_token:,.0f}"),
-        ("the same in bf16", lambda s: f"{s.cache_bytes_per_token_bf16:,.0f}"),
+        ("the same in bf16", lambda s: f"{s.cache_bytes_per_token_bf16:,.0f}, {_times(s):.2f} times"),
         ("cache", lambda s: megabytes(s.cache_bytes)),
         ("peak memory", lambda s: megabytes(s.peak_memory)),
         ("time to load, s", lambda s: f"{s.load_time:.1f}"),
