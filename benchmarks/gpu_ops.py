@@ -58,6 +58,9 @@ class Op:
     anchors: tuple[Contender, ...]
     flops: Callable[[Case], int]
     launches: Callable[[Case], int]  # kernels that cannot be fewer, for the floor
+    ceiling: str = "read_bytes_per_s"  # what its bytes are set against
+    peak: float = 1.0  # of bf16's FLOP/s
+    limit: float | None = None  # of the relative error, where it is not that of the type
 
 
 # --- linear layers ------------------------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ def _weight(rows: int, columns: int, grid: Grid, generator: torch.Generator) -> 
     return QTensor(codes, scale, torch.full_like(zero, grid.middle) if grid.symmetric else zero, grid)
 
 
-def _problems(grid: Grid, dtype: torch.dtype) -> Callable[[Case, torch.Generator], list[Problem]]:
+def problems_of(grid: Grid, dtype: torch.dtype) -> Callable[[Case, torch.Generator], list[Problem]]:
     def make(case: Case, generator: torch.Generator) -> list[Problem]:
         problems = []
         for rows, columns in case.sizes:
@@ -143,12 +146,31 @@ def _tinygemm(problems: list[Problem]) -> Call:
     return lambda: [torch.ops.aten._weight_int4pack_mm(*arguments) for arguments in own]
 
 
+def _gemlite(problems: list[Problem]) -> Call:
+    """gemlite's layer of the same codes, believed only where it gives the same numbers."""
+    from gemlite.core import DType, GemLiteLinear
+
+    own = []
+    for p in problems:
+        (rows, columns), kind = p.q.shape, DType.BF16 if p.x_TI.dtype == BFLOAT else DType.FP16
+        group = columns // p.q.scale.shape[1]
+        layer = GemLiteLinear(4, group, columns, rows, input_dtype=kind, output_dtype=kind)
+        layer.pack(p.q.codes, p.q.scale.to(p.x_TI.dtype), p.q.zero.to(p.x_TI.dtype), None)
+        want = F.linear(p.x_TI, p.q.dequantize(p.x_TI.dtype)).float()
+        if not bool((layer(p.x_TI).float() - want).norm() < 2e-2 * want.norm()):
+            raise ValueError("it computes something else from these arguments")
+        own.append((layer, p.x_TI))
+    return lambda: [layer(x_TI) for layer, x_TI in own]
+
+
 OURS = Contender("infopt", _decode, lambda ps: sum(p.packed.nbytes for p in ps) + _activations(ps))
 PREFILL = Contender("infopt", _prefill, OURS.nbytes)
 CUBLAS = Contender("cublas", _cublas, lambda ps: sum(2 * p.q.codes.numel() for p in ps) + _activations(ps))
 TINYGEMM = Contender(
     "tinygemm", _tinygemm, lambda ps: sum(p.q.codes.numel() // 2 + 4 * p.q.scale.numel() for p in ps) + _activations(ps)
 )
+
+GEMLITE = Contender("gemlite", _gemlite, TINYGEMM.nbytes)
 
 #: Llama 3 8B: (output rows, input columns) of what a block multiplies with.
 QKV, OUT, GATE_UP, DOWN = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)
@@ -163,13 +185,13 @@ LAYERS = {
 _SOURCES = tuple(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode", "dequantize"))
 
 
-def _linear(
+def linear_op(
     name: str, grid: Grid, dtype: torch.dtype, labels: tuple[str, ...], tokens: tuple[int, ...],
-    anchors: tuple[Contender, ...], ours: Contender = OURS,
+    anchors: tuple[Contender, ...], ours: Contender = OURS, sources: tuple[str, ...] = _SOURCES,
 ) -> Op:  # fmt: skip
     return Op(
-        name, _SOURCES, tuple(Case(label, t, LAYERS[label]) for t in tokens for label in labels), dtype,
-        _problems(grid, dtype), _reference, ours, anchors,
+        name, sources, tuple(Case(label, t, LAYERS[label]) for t in tokens for label in labels), dtype,
+        problems_of(grid, dtype), _reference, ours, anchors,
         lambda case: sum(2 * case.tokens * rows * columns for rows, columns in case.sizes),
         lambda case: len(case.sizes),
     )  # fmt: skip
@@ -177,10 +199,17 @@ def _linear(
 
 _LARGE = ("8B gate_up", "8B down", "8B layer")
 OPS = (
-    _linear("w4a16-g128", Grid(4, 128, True, BFLOAT), BFLOAT, tuple(LAYERS), (1, 16, 8, 4, 2, 32), (CUBLAS, TINYGEMM)),
-    _linear("w4a16-g64-zeros-fp16", Grid(4, 64, False, HALF), HALF, _LARGE, (1, 16), (CUBLAS,)),
-    _linear("w8a16-channel", Grid(8, None, True, BFLOAT), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
-    _linear("fp8a16-channel", Grid(8, None, True, BFLOAT, kind="float"), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
-    _linear("w4a16-g128-prefill", Grid(4, 128, True, BFLOAT), BFLOAT, _LARGE[:2], (2048, 256), (CUBLAS,), PREFILL),
-    _linear("w4a16-g32-zeros", Grid(4, 32, False, BFLOAT), BFLOAT, ("8B down",), (1, 16, 32), (CUBLAS, TINYGEMM)),
+    linear_op(
+        "w4a16-g128",
+        Grid(4, 128, True, BFLOAT),
+        BFLOAT,
+        tuple(LAYERS),
+        (1, 16, 8, 4, 2, 32),
+        (CUBLAS, TINYGEMM, GEMLITE),
+    ),
+    linear_op("w4a16-g64-zeros-fp16", Grid(4, 64, False, HALF), HALF, _LARGE, (1, 16), (CUBLAS,)),
+    linear_op("w8a16-channel", Grid(8, None, True, BFLOAT), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
+    linear_op("fp8a16-channel", Grid(8, None, True, BFLOAT, kind="float"), BFLOAT, _LARGE, (1, 16), (CUBLAS,)),
+    linear_op("w4a16-g128-prefill", Grid(4, 128, True, BFLOAT), BFLOAT, _LARGE[:2], (2048, 256), (CUBLAS,), PREFILL),
+    linear_op("w4a16-g32-zeros", Grid(4, 32, False, BFLOAT), BFLOAT, ("8B down",), (1, 16, 32), (CUBLAS, TINYGEMM)),
 )

@@ -24,13 +24,14 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.packed,
     kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="An SVG of latency against batch and context.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on stdout.")] = False,
 ) -> None:
-    """Tokens per second, time to the first token, memory, and the share of the machine's bandwidth. On the processor.
+    """Tokens per second, time to the first token, memory, and the share of the machine's bandwidth.
 
     Example: infopt bench ./model-w4 --reference ./model --prompt 512
     """
@@ -40,24 +41,28 @@ def bench(
     from infopt.errors import UsageError
     from infopt.report import json_out, note, table
     from infopt.runtime.bench import Sizes, latencies, latency_svg, measure, read_bandwidth
+    from infopt.runtime.device import device_errors, find_device
 
     if plot is not None and not plot.absolute().parent.is_dir():
         raise UsageError(f"--plot {plot}", "There is no such folder.", "Make it, or choose another.")
-    bandwidth = read_bandwidth()
-    sizes = Sizes(batch, prompt, new_tokens)
-    speeds = [measure(resolve(out), bandwidth, sizes, precision.value, kv_cache.value)]
-    if reference is not None:
-        speeds.append(measure(resolve(reference), bandwidth, sizes))
-    title = f"batch {batch}, prompt {prompt}, {new_tokens} new tokens; {torch.get_num_threads()} threads, " \
+    where, sizes = find_device(device), Sizes(batch, prompt, new_tokens)
+    with device_errors(where):
+        bandwidth = read_bandwidth(where)
+        speeds = [measure(resolve(out), bandwidth, sizes, precision.value, kv_cache.value, where)]
+        if reference is not None:
+            speeds.append(measure(resolve(reference), bandwidth, sizes, device=where))
+    title = f"batch {batch}, prompt {prompt}, {new_tokens} new tokens; {where}, {torch.get_num_threads()} threads, " \
             f"memory read at {bandwidth / 1e9:.1f} GB/s"  # fmt: skip
     table(title, ["measure", *(speed.model for speed in speeds)], rows(speeds))
     if plot is not None:
         title = f"{out}, {precision.value}, {torch.get_num_threads()} threads"
-        save(plot, latency_svg(latencies(resolve(out), precision.value, kv_cache.value), title))
+        with device_errors(where):
+            found = latencies(resolve(out), precision.value, kv_cache.value, device=where)
+        save(plot, latency_svg(found, title))
         note(f"wrote {plot}")
     if as_json:
         ours, theirs = speeds[0].to_json(), speeds[1].to_json() if reference is not None else None
-        machine = {"threads": torch.get_num_threads(), "bandwidth": bandwidth}
+        machine = {"device": str(where), "threads": torch.get_num_threads(), "bandwidth": bandwidth}
         json_out({**ours, "reference": theirs, "machine": machine})
 
 
@@ -77,6 +82,10 @@ def save(path: Path, text: str) -> None:
         raise UsageError(f"--plot {path}", str(error), "Choose another file.") from error
 
 
+def _times(speed: Speed) -> float:
+    return speed.cache_bytes_per_token_bf16 / max(speed.cache_bytes_per_token, 1e-9)
+
+
 def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
     """The table's rows: a name and each model's figure."""
     from infopt.report import megabytes
@@ -91,7 +100,7 @@ def rows(speeds: list[Speed]) -> list[tuple[str, ...]]:
         ("weights in files", lambda s: megabytes(s.weight_bytes)),
         ("weights read for a token", lambda s: megabytes(s.weight_bytes_read_per_step)),
         ("cache, bytes per token", lambda s: f"{s.cache_bytes_per_token:,.0f}"),
-        ("the same in bf16", lambda s: f"{s.cache_bytes_per_token_bf16:,.0f}"),
+        ("the same in bf16", lambda s: f"{s.cache_bytes_per_token_bf16:,.0f}, {_times(s):.2f} times"),
         ("cache", lambda s: megabytes(s.cache_bytes)),
         ("peak memory", lambda s: megabytes(s.peak_memory)),
         ("time to load, s", lambda s: f"{s.load_time:.1f}"),

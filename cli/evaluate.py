@@ -21,6 +21,7 @@ def evaluate(
     num_samples: Annotated[int, typer.Option(min=1, help="Windows: the first of the text, not overlapping.")] = 40,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window; all but the first are predicted.")] = 512,
     kernels: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.exact,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
     """Perplexity: the text is joined, tokenised once without special tokens, and cut into windows. fp32, block by block.
@@ -30,13 +31,15 @@ def evaluate(
     from infopt.checkpoint import resolve
     from infopt.cli.verify import load
     from infopt.report import json_out, note, progress
+    from infopt.runtime.device import device_errors, find_device
     from infopt.runtime.model import RuntimeModel
     from infopt.runtime.quality import perplexity
 
+    where = find_device(device)
     folder = resolve(model)
-    runtime = RuntimeModel(folder, kernels.value)
+    runtime = RuntimeModel(folder, kernels.value, device=where)
     windows_NT, report = load(dataset, num_samples, seqlen, folder)
-    with progress("running", len(runtime)) as step:
+    with device_errors(where), progress("running", len(runtime)) as step:
         result = perplexity(runtime, windows_NT, step)
     note(f"{model}: perplexity {result['perplexity']:.4f} over {result['tokens']:,} predicted tokens of {dataset}")
     if as_json:

@@ -11,6 +11,13 @@ import typer
 from infopt.cli.evaluate import Kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import device
+
+    from infopt.kernels.cpu import Precision
+    from infopt.runtime.engine import KVCache as Cache
     from infopt.runtime.scheduler import Text
 
 
@@ -35,46 +42,69 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.exact,
     kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, when it is complete.")] = False,
 ) -> None:
-    """Go on from a prompt, token by token, on stdout. Greedy unless --temperature says otherwise.
+    """Go on from a prompt, token by token, on stdout. Greedy unless --temperature says otherwise. Tensor-parallel shards run
+    with one process per rank.
 
     Example: infopt generate ./model-w4 --chat --prompt "What is the capital of France?" --precision packed
     """
     from infopt.calibration.data import load_tokenizer
     from infopt.checkpoint import resolve
+    from infopt.exporters.assemble import is_shards
     from infopt.report import json_out, note
-    from infopt.runtime.engine import Engine, check_folder
+    from infopt.runtime.device import device_errors, find_device
     from infopt.runtime.sampling import Sampling
-    from infopt.runtime.scheduler import Scheduler, Text
+    from infopt.runtime.scheduler import Text
+    from infopt.shards import SOURCE
 
+    where = find_device(device)
     sampling = Sampling(temperature, top_k, top_p, seed)
     folder = resolve(model)
-    check_folder(folder)
-    tokenizer = load_tokenizer(folder)
-    engine = Engine(folder, precision.value, kv_cache.value)
+    tokenizer = load_tokenizer(folder / SOURCE if is_shards(folder) else folder)
     texts = [Text(encode(tokenizer, words, chat), max_new_tokens, sampling) for words in prompt]
-    for text in texts:
-        engine.check_prompt(text.prompt)
-    longest = max(len(text.prompt) for text in texts) + max_new_tokens
-    scheduler = Scheduler(engine, engine.cache(longest, len(texts)), engine.stop_ids())
-    for text in texts:
-        scheduler.submit(text)
     pieces = Pieces(tokenizer)
-    for text, token in scheduler.run():
-        if len(texts) == 1 and not as_json:
-            write(pieces.add(token))
-        if text.finish == "context":
-            note(f"stopped: the model knows {engine.positions:,} positions")
+    with device_errors(where):
+        for text, token in answers(folder, texts, precision.value, kv_cache.value, where):
+            if len(texts) == 1 and not as_json:
+                write(pieces.add(token))
+            if text.finish == "context":
+                note(f"stopped: the model knows {len(text.prompt) + len(text.tokens) - 1:,} positions")
     if as_json:
-        answers = [_answer(tokenizer, *pair) for pair in zip(prompt, texts, strict=True)]
+        told = [_answer(tokenizer, *pair) for pair in zip(prompt, texts, strict=True)]
         settings = {"precision": precision.value, "kv_cache": kv_cache.value, "seed": seed, "temperature": temperature}
-        json_out({"model": model, **settings, "answers": answers})
+        json_out({"model": model, **settings, "answers": told})
     elif len(texts) == 1:
         write(pieces.rest() + "\n")
     else:
         for words, text in zip(prompt, texts, strict=True):
             write(f"> {words}\n{tokenizer.decode(text.tokens, skip_special_tokens=True)}\n\n")
+
+
+def answers(
+    folder: Path, texts: list[Text], precision: Precision, cache: Cache, device: device
+) -> Iterator[tuple[Text, int]]:
+    """Every new token as it comes, in this process or from the ranks of shards."""
+    from infopt.errors import Unsupported
+    from infopt.exporters.assemble import is_shards
+    from infopt.runtime import rank_generate
+    from infopt.runtime.engine import Engine
+    from infopt.runtime.scheduler import Scheduler
+
+    if is_shards(folder):
+        if device.type != "cpu":
+            raise Unsupported(f"--device {device} for shards", "Their ranks run on the processor.", "--device cpu")
+        yield from rank_generate.generate(folder, texts, precision, cache)
+        return
+    engine = Engine(folder, precision, cache, device=device)
+    for text in texts:
+        engine.check_prompt(text.prompt)
+    longest = max(len(text.prompt) + text.most for text in texts)
+    scheduler = Scheduler(engine, engine.cache(longest, len(texts)), engine.stop_ids())
+    for text in texts:
+        scheduler.submit(text)
+    yield from scheduler.run()
 
 
 def encode(tokenizer: Any, words: str, chat: bool) -> list[int]:

@@ -58,14 +58,21 @@ class Skeleton:
     """The model on meta, and the loading and freeing of its parts.
 
     config: the dict of config.json without its quantization_config. weights: see `Weights`. dtype: what floating
-    parameters become when loaded. `model` is the transformers model; `blocks` its blocks' module paths in order. Experts
+    parameters become when loaded. device: where parameters and buffers
+    go. `model` is the transformers model; `blocks` its blocks' module paths in order. Experts
     are split into linear layers (`infopt.experts`); `stacked` tells which are not, {module path: reason}.
     Raises BadInput (sizes, shapes or tensors that contradict the config), Unsupported (unknown type, no blocks).
     """
 
-    def __init__(self, config: dict[str, Any], weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: Weights,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.weights = weights
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.config = build_config(config, weights)
         self.model = build_model(self.config, dtype)
         self._list_name = find_blocks(self.model, self.config)
@@ -75,7 +82,10 @@ class Skeleton:
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._calls_checked = False
         self._answer_known = False
-        self._unused = torch.full((1,), float("nan"))
+        self._unused = torch.full((1,), float("nan"), device=device)
+        for module in self.model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(device))
         self._answer_tail: tuple[Any, ...] | None = None  # what follows the hidden states in a block's tuple answer
 
     # The checkpoint's keys
@@ -141,6 +151,7 @@ class Skeleton:
         for name, parameter in block.named_parameters():
             if parameter.is_meta:
                 raise missing(f"{self.blocks[i]}.{name}")
+        self._move(block.modules())
         return block
 
     def free_block(self, i: int) -> None:
@@ -153,6 +164,18 @@ class Skeleton:
         tie(self.model, set(self._outer_on_meta()))
         for name in self._outer_on_meta():
             raise missing(name)
+        self._move(module for _, module in self._outer_modules())
+
+    def _move(self, modules: Iterable[nn.Module]) -> None:
+        """Parameters to the device; tied ones stay tied."""
+        if torch.device(self.device).type == "cpu":
+            return
+        moved: dict[int, nn.Parameter] = {}
+        for module in modules:
+            for name, one in list(module.named_parameters(recurse=False)):
+                if id(one) not in moved:
+                    moved[id(one)] = nn.Parameter(one.detach().to(self.device), requires_grad=False)
+                setattr(module, name, moved[id(one)])
 
     def free_outer(self) -> None:
         """Put everything but the blocks back on meta."""
@@ -285,12 +308,12 @@ class Skeleton:
         """Tokens of this shape where it does not matter which; not the padding, about which transformers would warn."""
         text = self.config.get_text_config()
         some = 1 if getattr(text, "pad_token_id", None) == 0 and text.vocab_size > 1 else 0
-        return torch.full((batch, length), some)
+        return torch.full((batch, length), some, device=self.device)
 
     def _check_calls(self, calls: list[BlockCall], ids_BT: Tensor) -> None:
         """The same shape with other tokens must give the same calls."""
         vocab = self.config.get_text_config().vocab_size
-        other_BT = ((torch.arange(ids_BT.numel()) * 7 + 1) % vocab).view_as(ids_BT)
+        other_BT = ((torch.arange(ids_BT.numel(), device=self.device) * 7 + 1) % vocab).view_as(ids_BT)
         for name, one, two in zip(self.blocks, calls, self.capture(other_BT)[1], strict=True):
             if not _same((one.args, one.kwargs), (two.args, two.kwargs)):
                 raise _not_a_stream(f"{name} receives arguments that depend on the tokens.")

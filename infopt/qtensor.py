@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,13 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same on a device."""
+        given = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(
+            self, codes=self.codes.to(device), scale=self.scale.to(device), zero=self.zero.to(device), input_scale=given
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [O, I], computed in fp32 and rounded once to `dtype`."""

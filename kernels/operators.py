@@ -1,6 +1,7 @@
 """The kernels as operators of torch, `torch.ops.infopt.*`: so that graphs, exports and profilers know them.
 
-Each is what `reference.py` says on a processor and Triton's kernel on a GPU, and has a fake implementation, which gives
+Each is what `reference.py` says on a processor and Triton's kernel (`tile_linear`: that in CUDA C++) on a GPU, and
+has a fake implementation, which gives
 shapes and types without computing. Import this module to define them. Nothing returned shares memory with an argument, as
 torch asks of operators, so a scale that was given comes back as a copy.
 
@@ -10,12 +11,16 @@ Legend: T tokens, C width, I input columns, O output channels, B texts, Q querie
 D channels of a head, P pages of a text, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from infopt.grid import FP8, Inputs
 from infopt.kernels import reference, sampling
+from infopt.kernels.cuda.layout import Codes
+from infopt.kernels.cuda.layout import Packed as Tiles
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import Pages
 from infopt.kv_cache import CacheGrid, Strategy
@@ -155,6 +160,37 @@ def _(x, codes, scale, zero, kind, part, columns, bias=None, act="none"):
 @packed_linear.register_fake
 def _(x, codes, scale, zero, kind, part, columns, bias=None, act="none"):
     return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@custom_op("infopt::tile_linear", mutates_args=(), device_types="cpu")
+def tile_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, arrived: Tensor, shape: Sequence[int], codes: str,
+    scale_dtype: torch.dtype, group: int, zeros: bool, zero: int, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x W^T + b [T, O]; the weight's parts are those of `cuda.layout.Packed`, and `arrived` is as it was afterwards."""
+    packed = _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero)
+    bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), packed.dequantize(torch.float32), bias).to(x.dtype, copy=True)
+
+
+@tile_linear.register_kernel("cuda")
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None):
+    from infopt.kernels.cuda import linear
+
+    return linear.multiply(_tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero), x, bias)
+
+
+@tile_linear.register_fake
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None):
+    return x.new_empty(x.shape[0], shape[0])
+
+
+def _tiles(
+    weight: Tensor, scales: Tensor, arrived: Tensor, shape: Sequence[int], codes: str, scale_dtype: torch.dtype,
+    group: int, zeros: bool, zero: int,
+) -> Tiles:  # fmt: skip
+    kind: Codes = "FP8" if codes == "FP8" else "INT8" if codes == "INT8" else "INT4"
+    return Tiles(weight, scales, arrived, (shape[0], shape[1]), kind, scale_dtype, group, zeros, zero)
 
 
 @custom_op("infopt::int8_linear", mutates_args=(), device_types="cpu")

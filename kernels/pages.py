@@ -38,7 +38,7 @@ class Pages:
         width: int,
         grid: CacheGrid | None,
         dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
     ) -> Pages:
         """Zeros, for a cache of floats or one with scales of its own for each token."""
         if grid is None:
@@ -61,7 +61,7 @@ class Pages:
         """Whether each token has its scale."""
         return self.scale is not None and self.scale.dim() == 3
 
-    def write(self, slots_N: Tensor, x_NHD: Tensor) -> None:
+    def write(self, slots_N: Tensor | slice, x_NHD: Tensor) -> None:
         """Store fp32 values."""
         if self.grid is None:
             self.codes[slots_N] = x_NHD.to(self.codes.dtype)
@@ -76,8 +76,8 @@ class Pages:
         codes = grid.pack(grid.encode(x_NHD, scale, zero))
         self.codes[slots_N] = codes[..., ::2] | codes[..., 1::2] << 4 if self.grid.bits == 4 else codes
 
-    def read(self, slots_N: Tensor) -> Tensor:
-        """fp32 [N, H, D]."""
+    def read(self, slots_N: Tensor | slice) -> Tensor:
+        """fp32 [N, H, D]; a view of fp32 pages for a slice."""
         codes = self.codes[slots_N]
         if self.grid is None:
             return codes.float()
@@ -86,7 +86,7 @@ class Pages:
         scale, zero = self._parts(slots_N)
         return self.grid.grid.decode(self.grid.grid.unpack(codes), scale, zero)
 
-    def _parts(self, slots_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, slots_N: Tensor | slice) -> tuple[Tensor, Tensor]:
         """(scale, zero), fp32, to go with [N, H, D]."""
         if self.scale is None or self.grid is None:
             raise ValueError("a cache of floats has no scales")

@@ -26,9 +26,11 @@ from infopt.errors import UsageError
 from infopt.kernels.cpu import Precision
 from infopt.kernels.native import native
 from infopt.plot import COLORS, Chart, svg
+from infopt.runtime.device import wait
 from infopt.runtime.engine import CHUNK, Engine, KVCache
 from infopt.runtime.paged import Request
 
+CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
 _WARM_UP = 2
 BATCHES, CONTEXTS, _STEPS = (1, 2, 4, 8), (64, 256, 1024, 2048), 5
@@ -78,13 +80,18 @@ class Sizes:
 
 
 def measure(
-    folder: Path, bandwidth: float, sizes: Sizes, precision: Precision = "exact", cache: KVCache = "stored"
+    folder: Path,
+    bandwidth: float,
+    sizes: Sizes,
+    precision: Precision = "exact",
+    cache: KVCache = "stored",
+    device: torch.device = CPU,
 ) -> Speed:
     """Load the folder and run it. bandwidth: `read_bandwidth()`. Raises UsageError for texts that the model cannot hold."""
     batch, prompt, new_tokens = sizes.batch, sizes.prompt, sizes.new_tokens
-    forget_peak()
+    forget_peak(device)
     began = time.perf_counter()
-    engine = Engine(folder, precision, cache)
+    engine = Engine(folder, precision, cache, device=device)
     load_time = time.perf_counter() - began
     total = prompt + new_tokens
     if engine.positions is not None and total > engine.positions:
@@ -106,6 +113,7 @@ def measure(
     for _ in range(new_tokens - 1):
         began = time.perf_counter()
         next_B1 = engine.advance(pages, places, next_B1, fine=False).argmax(-1)[:, None]
+        wait(device)
         steps.append(time.perf_counter() - began)
     step = statistics.median(steps[_WARM_UP:] or steps)
     stored, read = engine.weight_bytes
@@ -127,10 +135,10 @@ def measure(
         cache_bytes_per_token=pages.bytes_per_token,
         cache_bytes_per_token_bf16=pages.float_bytes_per_token,
         cache_bytes=pages.nbytes,
-        peak_memory=peak(),
+        peak_memory=peak(device),
         share_of_bandwidth=(read + cached) / step / bandwidth,
         kernels=engine.kernels,
-        compiled=_compiled() if precision == "packed" else None,
+        compiled=_compiled() if precision == "packed" and device.type == "cpu" else None,
         fused_blocks=len(engine.fused),
         compiled_blocks=len(engine.decoder.blocks) if engine.decoder is not None else 0,
         blocks=len(engine.kinds),
@@ -138,11 +146,15 @@ def measure(
 
 
 def latencies(
-    folder: Path, precision: Precision = "exact", cache: KVCache = "stored", batches: Sequence[int] = BATCHES
+    folder: Path,
+    precision: Precision = "exact",
+    cache: KVCache = "stored",
+    batches: Sequence[int] = BATCHES,
+    device: torch.device = CPU,
 ) -> dict[tuple[int, int], float]:
     """Seconds of a decode step by (texts at once, tokens before), for the contexts that the model knows. The texts are zeros
     in the cache: they take as long to read as any."""
-    engine = Engine(folder, precision, cache)
+    engine = Engine(folder, precision, cache, device=device)
     longest = (engine.positions or 2 * CONTEXTS[-1]) - _STEPS
     found = {}
     for batch in batches:
@@ -156,6 +168,7 @@ def latencies(
             for _ in range(_STEPS):
                 began = time.perf_counter()
                 engine.advance(pages, places, next_B1, fine=False)
+                wait(device)
                 steps.append(time.perf_counter() - began)
             found[batch, context] = statistics.median(steps)
     return found
@@ -183,25 +196,31 @@ def _compiled() -> str | None:
     return None if library is None else f"{library.target}, {library.compiler}"
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that torch reads from memory here, the best of a few sums over more than any cache holds."""
-    x = torch.ones(_READ // 4)
+def read_bandwidth(device: torch.device = CPU) -> float:
+    """Bytes per second that torch reads from the device's memory, the best of a few sums over more than any cache holds."""
+    x = torch.ones(_READ // 4, device=device)
     times = []
     for _ in range(4):
         began = time.perf_counter()
         x.sum()
+        wait(device)
         times.append(time.perf_counter() - began)
     return _READ / min(times)
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device = CPU) -> None:
     """Linux counts the peak anew after this; elsewhere it is that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     if _STATUS.exists():
         with suppress(OSError):  # not everybody may
             _STATUS.with_name("clear_refs").write_text("5")
 
 
-def peak() -> int:
+def peak(device: torch.device = CPU) -> int:
+    """Bytes; of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

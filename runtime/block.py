@@ -188,6 +188,8 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
         w_OI = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
         if not all(type(module) is nn.Linear for module in modules):
             raise ValueError("a linear layer of another kind")
+        if precision == "packed" and w_OI.device.type != "cpu":
+            return _half(w_OI, bias_O)
         return Linear(lambda x: F.linear(x, w_OI, bias_O), w_OI.nbytes, ("float",))
     whole = _one(found)
     if whole is not None:
@@ -197,6 +199,12 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)
     return Linear(lambda x: torch.cat([linear(x) for linear in each], dim=-1), sum(one.nbytes for one in each), ran)
+
+
+def _half(w_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    """A float weight in bf16, as GPUs multiply."""
+    half_OI, half_O = w_OI.bfloat16(), None if bias_O is None else bias_O.bfloat16()
+    return Linear(lambda x: F.linear(x.to(half_OI.dtype), half_OI, half_O).to(x.dtype), half_OI.nbytes, ("bf16",))
 
 
 def _one(found: Sequence[QTensor | None]) -> QTensor | None:
@@ -216,7 +224,10 @@ def _joined(biases: Sequence[Tensor | None], modules: Sequence[nn.Module]) -> Te
     if all(bias is None for bias in biases):
         return None
     rows = (int(getattr(module, "out_features")) for module in modules)  # noqa: B009
-    return torch.cat([torch.zeros(row) if bias is None else bias for bias, row in zip(biases, rows, strict=True)])
+    device = next(bias.device for bias in biases if bias is not None)
+    return torch.cat(
+        [torch.zeros(row, device=device) if bias is None else bias for bias, row in zip(biases, rows, strict=True)]
+    )
 
 
 def rms_norm(module: nn.Module) -> Norm:
@@ -229,6 +240,7 @@ def rms_norm(module: nn.Module) -> Norm:
     x_TC = torch.randn(4, len(weight_C), generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [[1.0], [30.0], [1e-3], [1e-4]]
     )
+    x_TC = x_TC.to(weight_C.device)
     wanted_TC = module(x_TC)
     for norm in (Norm(weight_C, eps), Norm(weight_C + 1, eps)):
         if same(norm(x_TC), wanted_TC):
@@ -243,10 +255,11 @@ def proven(block: nn.Module, fused: FusedBlock, call: BlockCall, kind: LayerKind
     """
     width = fused.norm.weight_C.numel()
     hidden_BTC = torch.randn(1, PROOF_TOKENS, width, generator=torch.Generator().manual_seed(1))
+    hidden_BTC = hidden_BTC.to(fused.norm.weight_C.device)
     wanted_BTC = call.run(block, hidden_BTC)
     if not same(call.run(fused, hidden_BTC), wanted_BTC):
         return False
-    cache = PagedCache([LayerKind(kind.window)] * layers, PROOF_TOKENS, chunk=PROOF_TOKENS)
+    cache = PagedCache([LayerKind(kind.window)] * layers, PROOF_TOKENS, 1, PROOF_TOKENS, hidden_BTC.device)
     request = cache.admit(PROOF_TOKENS)
     if request is None:
         return False

@@ -80,8 +80,8 @@ class Decoder:
     ) -> None:
         """The hidden states after these blocks, in place."""
         some = list(zip(self.blocks, step.cache.stores, strict=True))[layers]
-        stores = [store.floats(block.heads[1], block.width) for block, store in some]
-        pages = (PagesStruct * len(some))(*(PagesStruct(k.data_ptr(), v.data_ptr()) for k, v in stores))
+        stores = [store.pages(block.heads[1], block.width) for block, store in some]
+        pages = (PagesStruct * len(some))(*(PagesStruct(k.codes.data_ptr(), v.codes.data_ptr()) for k, v in stores))
         places = [place for window in self._windows for place in step.places(window, tokens)]
         texts = (TextStruct * len(places))(*(TextStruct(*place) for place in places))
         first = ctypes.byref(self._structs, (layers.start or 0) * ctypes.sizeof(BlockStruct))

@@ -15,7 +15,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +31,18 @@ from infopt.header import read_json
 from infopt.kernels.cpu import Precision
 from infopt.kernels.native import native
 from infopt.kv_cache import CacheGrid
-from infopt.memory import available, release
+from infopt.memory import release
+from infopt.runtime import gpu
 from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
 from infopt.runtime.decode import Decoder
 from infopt.runtime.decode import find as find_decoder
+from infopt.runtime.device import free_memory
+from infopt.runtime.gpu import GpuDecoder, HalfHead, half_kinds
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
-from infopt.runtime.model import RuntimeModel
+from infopt.runtime.model import CacheChoice, RuntimeModel
 from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
+from infopt.runtime.rank import RankModel
 
 KVCache = Literal["stored", "float", "fp8", "int8", "int4"]
 #: What a user asks for where nothing was calibrated: a scale for each token and head, taken when it is stored.
@@ -64,15 +69,27 @@ def check_folder(folder: Path) -> None:
 class Engine:
     """A model that is ready to generate.
 
-    folder, precision: see `RuntimeModel`. cache: "stored" as the folder says (fp32 where it says nothing), or another
-    type. Raises what the reader raises, and Unsupported for a model that cannot be run from such a cache.
+    folder, precision, device: see `RuntimeModel`. cache: "stored" as the folder says (fp32 where it says nothing), or another
+    type. part: one rank's part of the model, whose other ranks are called in the same way at the same time. capture: see
+    `GpuDecoder`. Raises what the reader raises, and Unsupported for a model that cannot be run from such a cache.
     """
 
-    def __init__(self, folder: Path, precision: Precision = "exact", cache: KVCache = "stored") -> None:
-        self.folder, self.precision = Path(folder), precision
-        check_folder(self.folder)
-        self._runtime = RuntimeModel(self.folder, precision, cache="stored" if cache == "stored" else "float")
-        self._check_memory(available())
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision = "exact",
+        cache: KVCache = "stored",
+        part: RankModel | None = None,
+        device: torch.device | str = "cpu",
+        capture: Callable[[gpu.Run], gpu.Run] | None = None,
+    ) -> None:
+        self._capture = capture
+        self.folder, self.precision, self._part, self.device = Path(folder), precision, part, torch.device(device)
+        if part is None:
+            check_folder(self.folder)
+        kept: CacheChoice = "stored" if cache == "stored" else "float"
+        self._runtime = part or RuntimeModel(self.folder, precision, kept, self.device)
+        self._check_memory(free_memory(self.device), part.described.tp if part else 1)
         self._runtime.load_outer()
         self.model = self._runtime.skeleton.model
         self.config = self.model.config.get_text_config()
@@ -85,11 +102,13 @@ class Engine:
         self._takes_positions = "position_ids" in accepted
         self._takes_last = "logits_to_keep" in accepted
         self._head: PackedHead | None = None
-        self.decoder: Decoder | None = None
+        self.decoder: Decoder | GpuDecoder | None = None
         self._prove()
-        if precision == "packed":
+        if precision == "packed" and part is None:
             self._pack_outer()
             self._find_decoder()
+        if isinstance(self.decoder, GpuDecoder):
+            self.kinds = half_kinds(self.kinds)
 
     @property
     def positions(self) -> int | None:
@@ -108,7 +127,7 @@ class Engine:
     def cache(self, tokens: int, requests: int = 1, chunk: int = CHUNK) -> PagedCache:
         """An empty cache for so many texts of so many tokens, or of as many as the model knows positions."""
         tokens = tokens if self.positions is None else min(tokens, self.positions)
-        return PagedCache(self.kinds, tokens, requests, min(chunk, tokens))
+        return PagedCache(self.kinds, tokens, requests, min(chunk, tokens), self.device)
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
@@ -134,9 +153,11 @@ class Engine:
 
     @property
     def cache_name(self) -> str:
-        """The cache's type, "int8"; "fp32" for floats."""
+        """The cache's type, "int8"; "fp32" or "bf16" for floats."""
         grid = self.kinds[0].grid
-        return "fp32" if grid is None else f"{'fp' if grid.kind == 'float' else 'int'}{grid.bits}"
+        if grid is None:
+            return "bf16" if self.kinds[0].dtype == torch.bfloat16 else "fp32"
+        return f"{'fp' if grid.kind == 'float' else 'int'}{grid.bits}"
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise UsageError or BadInput for a prompt that cannot be continued."""
@@ -163,7 +184,7 @@ class Engine:
         else:
             logits_BV = self._forward(ids_BQ, step)[:, -1].float()
         step.commit()
-        return logits_BV
+        return logits_BV if self._part is None else self._part.agreed(logits_BV)
 
     def prefill(self, cache: PagedCache, request: Request, ids: Sequence[int]) -> Tensor:
         """Read a prompt in the cache's pieces; logits_V of what follows it."""
@@ -179,21 +200,21 @@ class Engine:
         extra: dict[str, Any] = {"position_ids": step.positions()} if self._takes_positions else {}
         extra |= {"logits_to_keep": 1} if self._takes_last else {}
         return self.model(
-            input_ids=ids_BQ, attention_mask=step.mask(), past_key_values=step, use_cache=True, **extra
+            input_ids=ids_BQ.to(self.device), attention_mask=step.mask(), past_key_values=step, use_cache=True, **extra
         ).logits
 
     # Loading
 
-    def _check_memory(self, limit: int | None) -> None:
+    def _check_memory(self, limit: int | None, ranks: int = 1) -> None:
         """Raise OutOfResources where the weights alone do not fit: the system would end the process without a word."""
         reader, quantized = self._runtime.reader, self._runtime.quantized
-        needed = 0.0
+        needed, each = 0.0, f"; {ranks} ranks share them" if ranks > 1 else ""
         for name, info in reader.tensors.items():
             grid = quantized.get(name.removesuffix(".weight")) if self.precision == "packed" else None
             wide = 4.0 if grid is None or grid.kind == "float" else grid.bits / 8
             needed += wide * math.prod(info.shape)
-        if limit is not None and needed > limit:
-            what = f"{self.folder} needs {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB are free"
+        if limit is not None and needed > limit / ranks:
+            what = f"{self.folder} needs {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB are free{each}"
             raise OutOfResources(
                 what, "All its blocks are kept.", "Try --precision packed; infopt eval needs one block."
             )
@@ -202,7 +223,7 @@ class Engine:
     def _load_block(self, i: int) -> None:
         """Block i as it is, or for `packed` a fused one in its place where it is proven to be the same."""
         runtime = self._runtime
-        if self.precision == "packed":
+        if self.precision == "packed" and isinstance(runtime, RuntimeModel):
             runtime.precision = "exact"  # the proof is one about fp32
             block = runtime.load_block(i)
             call = runtime.skeleton.calls(1, PROOF_TOKENS)[i]
@@ -217,7 +238,8 @@ class Engine:
     def _pack_outer(self) -> None:
         """The head in 8 bits with exact candidates, and the embedding in the 16 bits of the file; see `runtime/head.py`."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None:
+        if head is None or self.device.type != "cpu":
+            self._halve_outer(head, embedding)
             return
         weight_VC = halved(head.weight.detach())
         tied = getattr(embedding, "weight", None) is head.weight
@@ -230,10 +252,23 @@ class Engine:
             self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
         release()
 
+    def _halve_outer(self, head: nn.Module | None, embedding: nn.Module) -> None:
+        """On a GPU: head and embedding in the 16 bits of the file."""
+        if type(head) is nn.Linear and type(embedding) is nn.Embedding:
+            weight_VC = halved(head.weight.detach())
+            tied = embedding.weight is head.weight
+            self.model.set_output_embeddings(HalfHead(weight_VC, head.bias))
+            self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
+
     @torch.inference_mode()
     def _find_decoder(self) -> None:
-        """One call for all blocks, where they all allow it and the cache holds floats; see `runtime/decode.py`."""
+        """One call for all blocks, where they all allow it, and on a processor the cache holds floats; see `runtime/decode.py`
+        and `runtime/gpu.py`."""
         blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
+        if self.device.type != "cpu":
+            if len(blocks) == len(self.kinds):
+                self.decoder = gpu.find(self.model, blocks, self.kinds, self.device, self._capture)
+            return
         library = native()
         if library is not None and len(blocks) == len(self.kinds) and all(kind.grid is None for kind in self.kinds):
             self.decoder = find_decoder(self.model, blocks, self.kinds, library)
@@ -258,11 +293,11 @@ class Engine:
         """Raise Unsupported where this model answers otherwise through a (float) cache than without one."""
         count = sum(_TRIAL)
         ids_BQ = torch.randint(self.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
-        cache = PagedCache([LayerKind(kind.window) for kind in self.kinds], count, chunk=max(_TRIAL))
+        cache = PagedCache([LayerKind(kind.window) for kind in self.kinds], count, 1, max(_TRIAL), self.device)
         request = Request(count, {window: ring.take(count) for window, ring in cache.rings.items()})
         name = type(self.model).__name__
         try:
-            wanted_V = self.model(input_ids=ids_BQ, use_cache=False).logits[0, -1].float()
+            wanted_V = self.model(input_ids=ids_BQ.to(self.device), use_cache=False).logits[0, -1].float()
             done = 0
             for part in _TRIAL:
                 logits_BV = self.advance(cache, [request], ids_BQ[:, done : done + part])
@@ -277,6 +312,9 @@ class Engine:
         apart = ((logits_BV[0] - wanted_V).abs().max() / wanted_V.abs().max().clamp_min(1e-30)).item()
         if not apart <= TOLERANCE[self.precision]:
             raise _refused(name, f"Its answer differs by {apart:.1e} (relative) from that without a cache.")
+        if self._part is not None:
+            kinds = zip(self.kinds, cache.stores, strict=True)
+            self.kinds = [replace(kind, heads=store.used()) for kind, store in kinds]
 
 
 def _refused(name: str, why: str) -> Unsupported:

@@ -27,7 +27,7 @@ from infopt.exporters.folder import model_config, open_model
 from infopt.exporters.kv_cache import read_grid, read_scales
 from infopt.exporters.quantized import QuantizedReader
 from infopt.kernels.cpu import Precision
-from infopt.kv_cache import CacheScales, RoundingCache, attention_path, with_cache
+from infopt.kv_cache import CacheGrid, CacheScales, RoundingCache, attention_path, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.qtensor import QTensor
@@ -40,17 +40,24 @@ _TOKENS_PER_STEP = 512  # more does not fill a processor better, and attention m
 class RuntimeModel:
     """A folder's model, one block in memory at a time.
 
-    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. cache: a quantized
-    key-value cache as the folder says, a float one, or one with scales of 1 (what some servers make of it). Raises what the
+    folder: a Hugging Face folder or one that infopt exported. precision: see `infopt.kernels.cpu`. device: where
+    everything is computed, and lies while it is in memory. cache: a quantized key-value cache as
+    the folder says, a float one, or one with scales of 1 (what some servers make of it). Raises what the
     reader and the skeleton raise: BadInput, Unsupported.
     """
 
-    def __init__(self, folder: Path, precision: Precision = "exact", cache: CacheChoice = "stored") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: Precision = "exact",
+        cache: CacheChoice = "stored",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.folder = Path(folder)
-        self.precision = precision
+        self.precision, self.device = precision, device
         self.reader = open_model(self.folder)
         self._view = _View(self.reader)
-        self.skeleton = Skeleton(model_config(self.reader.config), self._view)
+        self.skeleton = Skeleton(model_config(self.reader.config), self._view, device=device)
         self._ops = [self._quantized_ops(i) for i in range(len(self.skeleton.blocks))]
         self._view.hollow = {f"{key}.weight" for ops in self._ops for key in ops.values()}
         self._originals: dict[int, dict[str, nn.Module]] = {}
@@ -92,7 +99,7 @@ class RuntimeModel:
             self._originals[i][op_name] = original
             bias = getattr(original, "bias", None)
             if isinstance(self.reader, QuantizedReader):  # it is, or there would be no such ops
-                _put(block, op_name, QuantLinear(self.reader.qtensor(key), bias, self.precision))
+                _put(block, op_name, QuantLinear(self.reader.qtensor(key).to(self.device), bias, self.precision))
         return block
 
     def codes_of(self, i: int) -> Callable[[str], QTensor | None]:
@@ -100,7 +107,11 @@ class RuntimeModel:
         ops, reader = self._ops[i], self.reader
 
         def codes(path: str) -> QTensor | None:
-            return reader.qtensor(ops[path]) if path in ops and isinstance(reader, QuantizedReader) else None
+            return (
+                reader.qtensor(ops[path]).to(self.device)
+                if path in ops and isinstance(reader, QuantizedReader)
+                else None
+            )
 
         return codes
 
@@ -148,13 +159,9 @@ class RuntimeModel:
 
     def cache_scales(self, i: int) -> CacheScales | None:
         """The calibrated scales of block i's cache, None where there are none (a float cache, or dynamic scales)."""
-        if self.cache is None or self.cache.strategy == "token":
-            return None
-        if self._unit_cache:
+        if self.cache is not None and self._unit_cache and self.cache.strategy != "token":
             return CacheScales.unit(self.cache)
-        block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
-        path = self.skeleton.stored_path(i, attention_path(block))
-        return read_scales(path, self.cache, getattr(self.reader, "stored", {}))
+        return stored_scales(self.skeleton, i, self.cache, self.reader)
 
     # The outer parts, and whole passes
 
@@ -178,7 +185,7 @@ class RuntimeModel:
         parts = []
         for some in _steps(windows_NT):
             self.skeleton.calls(*windows_NT[some].shape)  # captured here, where the outer parts are in memory
-            parts.append(self.skeleton.embed(windows_NT[some]))
+            parts.append(self.skeleton.embed(windows_NT[some].to(self.device)))
         self.free_outer()
         return torch.cat(parts)
 
@@ -211,6 +218,15 @@ class RuntimeModel:
     def logits(self, hidden_TC: Tensor) -> Tensor:
         """logits_TV, fp32, for some tokens' last hidden states; the outer parts must be loaded."""
         return self.skeleton.logits(hidden_TC[None])[0].to(torch.float32)
+
+
+def stored_scales(skeleton: Skeleton, i: int, cache: CacheGrid | None, reader: CheckpointReader) -> CacheScales | None:
+    """What the folder holds of block i's cache; see `RuntimeModel.cache_scales`."""
+    if cache is None or cache.strategy == "token":
+        return None
+    block = skeleton.model.get_submodule(skeleton.blocks[i])
+    path = skeleton.stored_path(i, attention_path(block))
+    return read_scales(path, cache, getattr(reader, "stored", {}))
 
 
 class _View:

@@ -20,7 +20,7 @@ N tokens in any order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,33 +29,44 @@ from torch import Tensor
 from transformers import Cache
 
 from infopt.errors import OutOfResources, Unsupported
+from infopt.kernels.pages import PAGE, Pages
 from infopt.kv_cache import CacheGrid, CacheScales
 
-PAGE = 16
 _MOST_PAGES = 2**20
 _MASK = 2**22
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What one layer caches. window: how many tokens it sees, None for all. grid: how they are stored, None as fp32.
+    """What one layer caches. window: how many tokens it sees, None for all. grid: how they are stored, None as floats.
 
-    scales: the calibrated ones, where the grid has such."""
+    scales: the calibrated ones, where the grid has such. heads: the only ones that are ever not zero, None for all. dtype: of
+    floats."""
 
     window: int | None = None
     grid: CacheGrid | None = None
     scales: CacheScales | None = None
+    heads: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
 
 
 class PagedCache:
     """Pages for `requests` texts of `tokens` tokens at once, or more of shorter ones; `chunk` is the longest step.
 
-    Memory is taken when a layer stores its first token. Raises OutOfResources where there is not enough.
+    Memory is taken when a layer stores its first token, on its device; `device` is where the indices go. Raises
+    OutOfResources where there is not enough.
     """
 
-    def __init__(self, kinds: Sequence[LayerKind], tokens: int, requests: int = 1, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[LayerKind],
+        tokens: int,
+        requests: int = 1,
+        chunk: int = 512,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.kinds = tuple(kinds)
-        self.chunk = chunk
+        self.chunk, self.device = chunk, device
         self.rings = {window: _Ring(window, tokens, requests, chunk) for window in {kind.window for kind in kinds}}
         self.stores = [_Store(kind, self.rings[kind.window].slots) for kind in kinds]
 
@@ -154,13 +165,17 @@ class _Store:
     def read(self, where: Tensor | slice, which: str) -> Tensor:
         return self._halves[which].read(where)
 
-    def floats(self, heads: int, width: int) -> tuple[Tensor, Tensor]:
-        """The pages of keys and of values themselves, fp32 [slots, H, D], of a layer that stores floats."""
+    def pages(self, heads: int, width: int, device: torch.device | str = "cpu") -> tuple[Pages, Pages]:
+        """The pages of keys and of values themselves."""
         if not self._halves:
-            like_NHD = torch.empty(0, heads, width)
+            like_NHD = torch.empty(0, heads, width, device=device)
             self._halves = {which: _Half(self.kind, which, self._slots, like_NHD) for which in "kv"}
-        keys, values = (next(self._halves[which].parts()) for which in "kv")
-        return keys, values
+        return self._halves["k"].pages, self._halves["v"].pages
+
+    def used(self) -> tuple[int, ...]:
+        """The heads whose keys or values were ever not zero."""
+        either_H = self._halves["k"].used() | self._halves["v"].used()
+        return tuple(either_H.nonzero().flatten().tolist())
 
     def parts(self) -> Iterator[Tensor]:
         return (part for half in self._halves.values() for part in half.parts())
@@ -170,72 +185,56 @@ class _Store:
 
 
 class _Half:
-    """The keys, or the values, of one layer: codes [slots, H, bytes], and a scale and zero point per token and head."""
+    """The keys, or the values, of one layer, of the heads that are kept: `Pages`, with the other heads as zeros."""
 
     def __init__(self, kind: LayerKind, which: str, slots: int, like_NHD: Tensor) -> None:
-        heads, width = like_NHD.shape[1:]
+        self._all, width = like_NHD.shape[1:]
+        self._kept = None if kind.heads is None else torch.tensor(kind.heads, device=like_NHD.device)
+        heads = self._all if kind.heads is None else len(kind.heads)
         self.values = heads * width
-        self._grid, self._scales = kind.grid, None
-        grid = kind.grid
-        if grid is None:
-            self._codes = _zeros((slots, heads, width), torch.float32)
-            self._own: tuple[Tensor, ...] = ()
-            return
-        if grid.bits == 4 and width % 2:
+        if kind.grid is not None and kind.grid.bits == 4 and width % 2:
             raise Unsupported(f"heads of {width} channels", "Two values of 4 bits share a byte.", "--kv-cache int8")
-        self._codes = _zeros((slots, heads, width * grid.bits // 8), torch.uint8)
-        self._own = ()
-        if grid.strategy == "token":
-            self._own = (_zeros((slots, heads, 1), torch.bfloat16),)
-            self._own += () if grid.symmetric else (_zeros((slots, heads, 1), torch.uint8),)
-        elif kind.scales is not None:
-            self._scales = tuple(_per_slot(part[which]) for part in (kind.scales.scale, kind.scales.zero))
-        else:
-            raise ValueError("static scales are missing")
+        self.pages = _empty(slots, heads, width, kind, like_NHD.device)
+        if kind.scales is not None:
+            scale, zero = (self._static(part[which], like_NHD.device) for part in (kind.scales.scale, kind.scales.zero))
+            self.pages = replace(self.pages, scale=scale, zero=zero)
+
+    def _static(self, part: Tensor, device: torch.device) -> Tensor:
+        """[1, H or 1, 1, D or 1] of a calibration as [H or 1, D or 1], to go with [N, H, D]."""
+        each = part[0, :, 0].float().to(device)
+        return each if self._kept is None or len(each) == 1 else each[self._kept]
 
     def parts(self) -> Iterator[Tensor]:
-        yield self._codes
-        yield from self._own
+        """What is stored for each token."""
+        yield self.pages.codes
+        yield from (part for part in (self.pages.scale, self.pages.zero) if part is not None and self.pages.own)
 
     def write(self, where: Tensor | slice, x_NHD: Tensor) -> None:
-        if self._grid is None:
-            self._codes[where] = x_NHD
-            return
-        scale, zero = self._scales or self._grid.range(x_NHD[None].float())
-        if self._scales is None:
-            scale, zero = scale[0], zero[0]
-            for part, value in zip(self._own, (scale, zero), strict=False):
-                part[where] = value.to(part.dtype)
-        grid = self._grid.grid
-        codes = grid.pack(grid.encode(x_NHD.float(), scale, zero))
-        self._codes[where] = codes[..., ::2] | codes[..., 1::2] << 4 if self._grid.bits == 4 else codes
+        self.pages.write(where, (x_NHD if self._kept is None else x_NHD[:, self._kept]).float())
 
     def read(self, where: Tensor | slice) -> Tensor:
-        """fp32 [N, H, D]; a view of the pages where they are floats and neighbours."""
-        codes = self._codes[where]
-        if self._grid is None:
-            return codes
-        if self._grid.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        zero: Tensor | float
-        if self._scales is not None:
-            scale, zero = self._scales
-        else:
-            scale = self._own[0][where].float()
-            zero = self._own[1][where].float() if len(self._own) > 1 else float(self._grid.grid.middle)
-        return (self._grid.grid.unpack(codes) - zero) * scale
+        """fp32 [N, H, D]; a view of the pages where they are fp32 and neighbours."""
+        x_NHD = self.pages.read(where)
+        if self._kept is None:
+            return x_NHD
+        return x_NHD.new_zeros(len(x_NHD), self._all, x_NHD.shape[2]).index_copy_(1, self._kept, x_NHD)
+
+    def used(self) -> Tensor:
+        """bool [H]: the heads of which anything but zeros was stored; of floats."""
+        return self.pages.codes.ne(0).any(2).any(0)
 
 
-def _per_slot(part: Tensor) -> Tensor:
-    """[1, H or 1, 1, D or 1] of a calibration as [H or 1, D or 1], to go with [N, H, D]."""
-    return part[0, :, 0].float()
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty(slots: int, heads: int, width: int, kind: LayerKind, device: torch.device) -> Pages:
+    own = kind.grid is None or kind.grid.strategy == "token"
+    if not own and kind.scales is None:
+        raise ValueError("static scales are missing")
+    bits = 8 * kind.dtype.itemsize if kind.grid is None else kind.grid.bits
     try:
-        return torch.zeros(shape, dtype=dtype)
+        if own:
+            return Pages.empty(slots, heads, width, kind.grid, kind.dtype, device)
+        return Pages(torch.zeros(slots, heads, width * bits // 8, dtype=torch.uint8, device=device), grid=kind.grid)
     except (RuntimeError, MemoryError) as error:
-        size = torch.Size(shape).numel() * dtype.itemsize
+        size = slots * heads * width * bits / 8
         raise OutOfResources(
             f"no memory for {size / 1e9:.1f} GB of cache", "", "fewer tokens or requests, or --kv-cache int8"
         ) from error
@@ -273,7 +272,7 @@ class Step(Cache):
     def positions(self) -> Tensor:
         """int64 [B, Q]: each new token's place in its text."""
         starts = torch.tensor([request.length for request in self.requests])
-        return starts[:, None] + torch.arange(self.count)
+        return (starts[:, None] + torch.arange(self.count)).to(self.cache.device)
 
     def mask(self) -> Tensor | None:
         """int64 [B, K], 1 where a request has a token, right-aligned; None where all have the same length."""
@@ -281,7 +280,7 @@ class Step(Cache):
         if min(lengths) == max(lengths):
             return None
         total = max(lengths)
-        return (torch.arange(total) >= total - torch.tensor(lengths)[:, None]).long()
+        return (torch.arange(total) >= total - torch.tensor(lengths)[:, None]).long().to(self.cache.device)
 
     # What transformers asks of a cache
 
@@ -360,13 +359,14 @@ class Step(Cache):
             writes.append(_slots(request.tables[window], request.length, end))
         offset = 0 if window is None else max(0, self.past - window + 1)
         length = self.past + self.count - offset
+        here = [_on(self.cache.device, part) for part in reads]
         if len(reads) == 1:
-            return _Plan(writes[0], reads[0], length, offset, reads)
+            return _Plan(_on(self.cache.device, writes[0]), here[0], length, offset, here)
         write = torch.cat([_indices(part) for part in writes])
         read_BK = torch.zeros(len(reads), length, dtype=torch.int64)
         for row_K, part in zip(read_BK, map(_indices, reads), strict=True):
             row_K[length - len(part) :] = part
-        return _Plan(write, read_BK.flatten(), length, offset, reads)
+        return _Plan(write.to(self.cache.device), read_BK.flatten().to(self.cache.device), length, offset, here)
 
 
 def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
@@ -377,6 +377,10 @@ def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
         return slice(start * PAGE + first % PAGE, start * PAGE + end - low * PAGE)
     position_N = torch.arange(first, end)
     return table[position_N // PAGE % count] * PAGE + position_N % PAGE
+
+
+def _on(device: torch.device | str, slots: Tensor | slice) -> Tensor | slice:
+    return slots if isinstance(slots, slice) else slots.to(device)
 
 
 def _indices(slots: Tensor | slice) -> Tensor:

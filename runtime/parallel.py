@@ -1,7 +1,7 @@
 """Run a folder of shards: one process per rank, gloo between them, pipeline stages one after another.
 
 The processes of a stage meet through a file and talk over the loopback interface. Between stages the hidden states lie in a
-safetensors file, as the windows and the answers do: nothing is pickled but the names of two folders. A rank that fails writes
+safetensors file, as the windows and the answers do: nothing is pickled but names. A rank that fails writes
 down why; the others, which may wait for it in the middle of a sum, are ended, and the parent raises that error.
 """
 
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from infopt.runtime.rank import RankModel
 from infopt.shards import read_shards
 from infopt.writer import write_json, write_safetensors
 
-_POLL = 0.05
+POLL = 0.02
 _PATIENCE = datetime.timedelta(minutes=30)
+Work = Callable[[Path, Path, int, int], None]  # what a rank does: the shards, the place to meet, stage and rank
 TAIL = 16  # last tokens of each window whose logits are compared
 
 
@@ -47,10 +49,16 @@ def run_shards(folder: Path, windows_NT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run_stage(folder: Path, place: Path, stage: int, tp: int) -> None:
+    for _ in running(_work, folder, place, stage, tp):
+        time.sleep(POLL)
+
+
+def running(work: Work, folder: Path, place: Path, stage: int, tp: int) -> Iterator[None]:
+    """Start the stage's ranks, and yield until all of them are done. Raises what a rank raised."""
     spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in an unknown state
     threads = max(1, torch.get_num_threads() // tp)
     ranks = [
-        spawn.Process(target=_rank, args=(str(folder), str(place), stage, rank, threads), daemon=True)
+        spawn.Process(target=_rank, args=(work, str(folder), str(place), stage, rank, threads), daemon=True)
         for rank in range(tp)
     ]
     try:
@@ -59,7 +67,7 @@ def _run_stage(folder: Path, place: Path, stage: int, tp: int) -> None:
         while any(process.exitcode is None for process in ranks):
             if any(process.exitcode not in (None, 0) for process in ranks):
                 break
-            time.sleep(_POLL)
+            yield
     finally:
         for process in ranks:
             _end(process)
@@ -93,7 +101,7 @@ def _failure(place: Path, stage: int, failed: list[int], codes: list[int | None]
     )
 
 
-def _rank(folder: str, place_name: str, stage: int, rank: int, threads: int) -> None:
+def _rank(work: Work, folder: str, place_name: str, stage: int, rank: int, threads: int) -> None:
     """The main function of a rank's process."""
     place = Path(place_name)
     try:
@@ -102,16 +110,30 @@ def _rank(folder: str, place_name: str, stage: int, rank: int, threads: int) -> 
         tp = read_shards(Path(folder)).tp
         store = dist.FileStore(str(place / f"store-{stage}"), tp)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=tp, timeout=_PATIENCE)
-        _work(Path(folder), place, stage, rank)
+        work(Path(folder), place, stage, rank)
         dist.destroy_process_group()
     except InfoptError as error:
         said = {"kind": type(error).__name__, "what": error.what, "why": error.why, "fix": error.fix}
         write_json(place / f"error-{stage}-{rank}.json", said)
         raise SystemExit(1) from error
+    except RankLost as error:  # the one that was lost says why
+        raise SystemExit(1) from error
+
+
+class RankLost(Exception):
+    """Another rank of the stage is gone."""
+
+
+def add_up(tensor: Tensor) -> None:
+    """The sum over the stage's ranks, in place, in one of them."""
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise RankLost from error
 
 
 def _work(folder: Path, place: Path, stage: int, rank: int) -> None:
-    model = RankModel(folder, stage, rank, dist.all_reduce)
+    model = RankModel(folder, stage, rank, add_up)
     if stage == 0:
         hidden_NTC = model.embed(_read(place / "in.safetensors")["windows"])
     else:

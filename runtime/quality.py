@@ -65,7 +65,7 @@ def perplexity(
     total, count = 0.0, 0
     for hidden_KC, next_K in _chunks(model, hidden_NTC, windows_NT):
         log_q_KV = _log_probabilities(model, hidden_KC)
-        total -= log_q_KV.gather(1, next_K[:, None]).sum(dtype=torch.float64).item()
+        total -= log_q_KV.gather(1, next_K[:, None].to(log_q_KV.device)).sum(dtype=torch.float64).item()
         count += len(next_K)
     model.free_outer()
     return {"perplexity": _exp(total / count), "nll": total / count, "tokens": count}

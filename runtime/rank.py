@@ -10,7 +10,7 @@ The transformers module tree stays as it is, and a layer that was cut is replace
 
 That is right by construction: the columns that a rank reads depend on its own channels only, which was proven when the model
 was cut (`infopt.calibration.cells`). It divides the weights and the work of the layers among the ranks, but neither the work
-of attention nor that of the head: this runtime checks shards, a server runs them.
+of attention nor that of the head. The cache is divided: a rank keeps the heads that are its own (`Engine` finds out which).
 
 `reduce` adds a tensor over all ranks, in place. Everything that the ranks do together goes through it.
 
@@ -19,7 +19,7 @@ Legend: N windows, T tokens, C hidden width, I input columns, O output channels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,12 +30,16 @@ from transformers.pytorch_utils import Conv1D
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, Unsupported
 from infopt.exporters.folder import model_config, open_model
+from infopt.exporters.kv_cache import read_grid
 from infopt.exporters.quantized import QuantizedReader
-from infopt.grid import Inputs
+from infopt.grid import Grid, Inputs
 from infopt.header import DTYPES, TensorInfo
+from infopt.kernels.cpu import Precision
+from infopt.kv_cache import CacheGrid, CacheScales
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.runtime.linear import QuantLinear
+from infopt.runtime.model import stored_scales
 from infopt.shards import OpCut, Pieces, ShardSet, rank_folder, read_shards
 
 Reduce = Callable[[Tensor], None]
@@ -134,12 +138,12 @@ class RowPart(nn.Module):
 class RankModel:
     """The part of a model that one rank holds: stage `stage` of the pipeline, rank `rank` within it.
 
-    Raises BadInput and Unsupported as readers and skeleton do.
+    precision: of the quantized layers. Raises BadInput and Unsupported as readers and skeleton do.
     """
 
-    def __init__(self, folder: Path, stage: int, rank: int, reduce: Reduce) -> None:
+    def __init__(self, folder: Path, stage: int, rank: int, reduce: Reduce, precision: Precision = "exact") -> None:
         self.described = read_shards(folder)
-        self.stage, self.rank, self.reduce = stage, rank, reduce
+        self.stage, self.rank, self.reduce, self.precision = stage, rank, reduce, precision
         self.reader = open_model(folder / rank_folder(stage, rank))
         self._view = _View(self.described, self.reader, rank)
         self.skeleton = Skeleton(model_config(self.reader.config), self._view)
@@ -150,6 +154,36 @@ class RankModel:
             f"{key}.{part}" for i in self.blocks for key in self._ops(i).values() for part in ("weight", "bias")
         }
         self._add_up_vocabulary()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def quantized(self) -> Mapping[str, Grid]:
+        """As `RuntimeModel.quantized`, of this rank's tensors."""
+        return self.reader.quantized if isinstance(self.reader, QuantizedReader) else {}
+
+    @property
+    def cache(self) -> CacheGrid | None:
+        """The type of the key-value cache, None for floats."""
+        return read_grid(self.reader.config.get("quantization_config") or {})
+
+    def cache_scales(self, i: int) -> CacheScales | None:
+        return stored_scales(self.skeleton, i, self.cache, self.reader)
+
+    def agreed(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks, so that they go on alike whatever the last bits."""
+        x = x.contiguous() if self.rank == 0 else torch.zeros_like(x)
+        self.reduce(x)
+        return x
+
+    def load_block(self, i: int) -> nn.Module:
+        """Block i with its parts in place, to stay in memory."""
+        return self._load_block(i)[0]
+
+    def load_outer(self) -> None:
+        """The embeddings, the final norm and the head, to stay in memory."""
+        self.skeleton.load_outer()
 
     @torch.no_grad()
     def embed(self, windows_NT: Tensor) -> Tensor:
@@ -189,7 +223,6 @@ class RankModel:
     def _ops(self, i: int) -> dict[str, str]:
         """{module path in block i: name in the checkpoint} of the layers that are cut or quantized."""
         found = {}
-        quantized = self.reader.quantized if isinstance(self.reader, QuantizedReader) else {}
         for path, module in self.skeleton.model.get_submodule(self.skeleton.blocks[i]).named_modules():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -199,7 +232,7 @@ class RankModel:
             except Unsupported:  # made of several tensors: the skeleton converts it
                 continue
             cut = self.described.ops.get(name)
-            if name in quantized or (cut is not None and cut.parallel != "replicated"):
+            if name in self.quantized or (cut is not None and cut.parallel != "replicated"):
                 found[path] = name
         return found
 
@@ -215,7 +248,7 @@ class RankModel:
             if cut.columns:  # the part rounds its inputs itself, before it takes its columns
                 inputs, scale = q.grid.inputs, q.input_scale
                 q = replace(q, grid=replace(q.grid, inputs=None), input_scale=None)
-            local: _Dense | QuantLinear = QuantLinear(q, own)
+            local: _Dense | QuantLinear = QuantLinear(q, own, self.precision)
         else:
             weight = self.reader.get(f"{name}.weight")
             local = _Dense(weight.t() if isinstance(original, Conv1D) else weight)

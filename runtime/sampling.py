@@ -65,7 +65,7 @@ class Sampler:
             )
         if self.sampling.temperature == 0:
             return best
-        kept_K, ids_K = self._kept(logits_V.float() / self.sampling.temperature)
+        kept_K, ids_K = self._kept(logits_V.float().cpu() / self.sampling.temperature)
         return int(ids_K[torch.multinomial(kept_K, 1, generator=self._generator)])
 
     def _kept(self, logits_V: Tensor) -> tuple[Tensor, Tensor]:

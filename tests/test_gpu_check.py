@@ -25,6 +25,8 @@ import gpu_check  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_timing  # noqa: E402
 from gpu_ops import LAYERS, OPS, Call, Case, Contender, Op, Problem  # noqa: E402
+from gpu_step import STEP_OP  # noqa: E402
+from gpu_triton_ops import TRITON_OPS  # noqa: E402
 
 SMALL = Case("small", 3, ((128, 256), (48, 128)))
 CEILINGS = {"read_bytes_per_s": 3e12, "copy_bytes_per_s": 3e12, "bf16_flops_per_s": 8e14, "launch_us": 1.5}
@@ -164,3 +166,61 @@ def test_the_kernels_that_measure_ceilings_compile(source) -> None:
         pytest.skip(f"not compiled: {error.what}")
     for architecture in (80, 90):
         assert compiler.compile(jit.Source(source), architecture).cubin
+
+
+# The rows whose kernels are Triton's, by its interpreter
+
+TINY = {
+    "decode-attention": Case("tiny", 2, (40, 4, 2, 16)),
+    "add-rms-norm": Case("tiny", 3, 64),
+    "swiglu": Case("tiny", 3, 64),
+    "prefill-attention": Case("tiny", 40, (4, 2, 16, 12)),
+    "triton-w4a16": Case("tiny", 3, ((32, 128), (48, 256))),
+    "w8a8": Case("tiny", 3, (32, 128)),
+    "fp8": Case("tiny", 3, (32, 128)),
+}
+
+
+def checked(op: Op, case: Case, factor: float = 1.0) -> dict:
+    """The row of a check whose results are multiplied by a factor."""
+
+    def prepare(inputs):
+        call = op.ours.prepare(inputs)
+        return lambda: [y * factor if y.is_floating_point() else y for y in call()]
+
+    row = gpu_check.row_of(op, case)
+    changed = replace(op, ours=Contender("infopt", prepare, op.ours.nbytes))
+    gpu_check.attempt(gpu_check.check, changed, case, row, gpu_check.Run(1, CEILINGS, "cpu"))
+    return row
+
+
+@pytest.mark.parametrize("op", TRITON_OPS, ids=lambda op: op.name)
+def test_the_rows_of_triton_are_right_and_notice_what_is_not(op) -> None:
+    pytest.importorskip("triton")
+    from . import triton_tools  # noqa: F401  which repairs the interpreter
+
+    case = next(case for name, case in TINY.items() if op.name.startswith(name))
+    assert gpu_report.failures(checked(op, case)) == []
+    assert gpu_report.failures(checked(op, case, 1.02))
+    assert all((ROOT / source).exists() for source in op.sources)
+    inputs = op.make(case, torch.Generator().manual_seed(0))
+    assert op.ours.nbytes(inputs) > 0 and op.launches(case) > 0
+    for anchor in op.anchors:
+        if anchor.name not in ("_scaled_mm", "SDPA"):  # which need a GPU, or have no window
+            found, wanted = anchor.prepare(inputs)(), op.reference(inputs)
+            same = (found[0].double() - wanted[0]).norm() < 0.02 * wanted[0].norm()
+            assert same or op.name.endswith("-int8")  # ours rounds, torch does not
+
+
+def test_a_step_of_a_whole_model_is_right() -> None:
+    """By Triton's interpreter, with the weights of the anchor: the CUDA kernel's product has rows of its own."""
+    pytest.importorskip("triton")
+    from . import triton_tools  # noqa: F401
+
+    op = STEP_OP
+    shapes = ((256, 128), (128, 128), (256, 128), (128, 128))
+    model = op.make(Case("tiny", 2, (3, 2, 96, 20, (4, 2, 32), shapes)), torch.Generator().manual_seed(0))
+    wanted = op.reference(model)[0]
+    found = op.anchors[0].prepare(model)()[0].double()
+    assert (found - wanted).norm() < op.limit * wanted.norm()
+    assert 0 < op.ours.nbytes(model) < op.anchors[0].nbytes(model)

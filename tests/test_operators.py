@@ -13,6 +13,7 @@ import torch
 from infopt import kernels
 from infopt.grid import FP8, Grid, Inputs
 from infopt.kernels import operators, reference, sampling
+from infopt.kernels.cuda.layout import pack
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import Pages
 from infopt.kv_cache import CacheGrid
@@ -45,6 +46,8 @@ TABLES = torch.tensor([[1, 0], [3, 2]])
 TEXTS = (TABLES, torch.tensor([2, 2]), torch.tensor([20, 7]), 0.25)
 ONE = torch.ones(3)
 PACKED = packed()
+TILES = pack(random_q(32, 64, Grid(4, 32, symmetric=False)))
+assert TILES is not None
 CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (operators.add_rms_norm, (X, X.flip(0), W, 1e-5)),
     (operators.add_rms_norm, (X.bfloat16(), X.bfloat16(), W, 1e-5, "fp8", 32)),
@@ -53,6 +56,11 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (operators.gated, (X, "gelu", "int8", 0, torch.tensor([0.02]))),
     (operators.quantize, (X, "fp8", 32)),
     (operators.packed_linear, (X, PACKED.codes, PACKED.scale_OG, PACKED.zero_OG, "int4", PACKED.part, 64, W[:32], "silu")),
+    (
+        operators.tile_linear,
+        (X.half(), TILES.weight, TILES.scales, TILES.arrived, TILES.shape, TILES.codes, TILES.scale_dtype, TILES.group,
+         TILES.zeros, TILES.zero, W[:32]),
+    ),
     (operators.int8_linear, (CODES, SCALE, W_CODES, W_SCALE, W[:32], torch.bfloat16)),
     (operators.fp8_linear, (FP8_CODES, FP8_SCALE, FP8_W, FP8_W_SCALE, 1, None, torch.float32)),
     (operators.norm_linear, (X, random(32, 64), random(32), W[:32], 1e-5, "gelu")),
@@ -103,6 +111,9 @@ def test_operators_are_the_reference() -> None:
     assert torch.equal(found_scale, scale)
     q = random_q(32, 64, Grid(4, 32, symmetric=False))
     found = ops.packed_linear(X, PACKED.codes, PACKED.scale_OG, PACKED.zero_OG, "int4", PACKED.part, 64)
+    torch.testing.assert_close(found, reference.linear(X, q))
+    shape, kind = TILES.shape, (TILES.codes, TILES.scale_dtype, TILES.group, TILES.zeros, TILES.zero)
+    found = ops.tile_linear(X, TILES.weight, TILES.scales, TILES.arrived, shape, *kind)
     torch.testing.assert_close(found, reference.linear(X, q))
     drawn = ops.sample(X, ONE, ONE.long() * 9, ONE * 0.9, ONE * 0, ONE.long(), ONE.long())
     assert torch.equal(drawn, sampling.sample(X, ONE, ONE.long() * 9, ONE * 0.9, ONE * 0, ONE.long(), ONE.long()))

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from infopt.kernels import pages, reference
+from infopt.kernels import reference
 from infopt.kernels.pages import PAGE, Pages
 from infopt.kernels.triton import attention, cache, decode, numeric
 from infopt.kv_cache import CacheGrid, CacheScales
@@ -99,22 +99,7 @@ def test_rope_and_cache_with_scales_of_a_calibration(kind, bits, symmetric, stra
     check_rope(cache, (2, 2, 16), 16, CacheGrid(kind, bits, strategy, symmetric), False)
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_the_reference_keeps_what_the_runtime_keeps(kind) -> None:
-    """The same bytes, so a kernel may write what the runtime reads."""
-    x, slots = random(6, 2, 16), torch.tensor([40, 3, 17, 18, 0, 5])
-    kept = paged._Half(paged.LayerKind(grid=OWN[kind]), "k", 48, x)
-    kept.write(slots, x)
-    ours = Pages.empty(48, 2, 16, OWN[kind])
-    ours.write(slots, x)
-    parts = [part for part in (ours.codes, ours.scale, ours.zero) if part is not None]
-    for part, wanted in zip(parts, kept.parts(), strict=True):
-        assert torch.equal(part, wanted)
-    assert torch.equal(ours.read(slots), kept.read(slots))
-    assert pages.PAGE == paged.PAGE
-
-
-def test_the_reference_keeps_what_the_runtime_keeps_with_scales_of_a_calibration() -> None:
+def test_the_runtime_hands_the_scales_of_a_calibration_to_its_pages() -> None:
     x, slots, grid = random(6, 2, 16), torch.tensor([4, 3, 7, 8, 0, 5]), CacheGrid("int", 4, "channel", symmetric=False)
     ours = static_pages(48, 2, 16, grid, 1)
     assert ours.scale is not None

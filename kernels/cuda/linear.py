@@ -17,6 +17,7 @@ from torch import Tensor
 from infopt.kernels.cuda import decode
 from infopt.kernels.cuda.dense import dense
 from infopt.kernels.cuda.layout import Packed, pack
+from infopt.kernels.operators import tile_linear
 from infopt.qtensor import QTensor
 
 
@@ -47,12 +48,18 @@ class CudaLinear:
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """y [..., O] in the dtype of x [..., I]; the bias is added before y is rounded."""
-        flat_TI = x_TI.reshape(-1, x_TI.shape[-1])
+        flat_TI, p = x_TI.reshape(-1, x_TI.shape[-1]), self.packed
         if flat_TI.dtype not in (torch.float16, torch.bfloat16):
             flat_TI = flat_TI.to(torch.bfloat16)
-        if len(flat_TI) <= decode.MOST_TOKENS:
-            y_TO = decode.multiply(self.packed, flat_TI, bias_O)
-        else:
-            bias = None if bias_O is None else bias_O.to(flat_TI.dtype)
-            y_TO = F.linear(flat_TI, dense(self.packed, flat_TI.dtype), bias)
+        y_TO = tile_linear(
+            flat_TI, p.weight, p.scales, p.arrived, p.shape, p.codes, p.scale_dtype, p.group, p.zeros, p.zero, bias_O
+        )
         return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
+
+
+def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What the operator does on a GPU."""
+    if len(x_TI) <= decode.MOST_TOKENS:
+        return decode.multiply(packed, x_TI, bias_O)
+    bias = None if bias_O is None else bias_O.to(x_TI.dtype)
+    return F.linear(x_TI, dense(packed, x_TI.dtype), bias)

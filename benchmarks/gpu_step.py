@@ -1,0 +1,145 @@
+"""A row of `gpu_check.py`: a decoding step of a model of the size of Llama 3 8B, in 4 bits beside the same in bf16.
+
+Weights are random, and four blocks' are read in turns: more than any cache holds, and less than the memory of a whole model.
+
+Legend: B texts, K tokens of a text, C width, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_ops import BFLOAT, LAYERS, Call, Case, Contender, Op, Problem, problems_of
+from gpu_triton_ops import EPS, HEADS, Texts, cached, cloned, no_flops, random, source, texts
+from torch import Tensor
+
+from infopt.grid import Grid
+from infopt.kernels import reference
+from infopt.kernels.cuda import decode as cuda_decode
+from infopt.kernels.pages import PAGE, Pages
+
+
+@dataclass(frozen=True)
+class Model:
+    """`layers` blocks, in turns of those whose weights are given; a head in bf16; texts with a cache in bf16."""
+
+    blocks: list[list[Problem]]
+    layers: int
+    head: Tensor
+    texts: Texts
+    angles: tuple[Tensor, Tensor]
+    weight_C: Tensor
+
+
+def _model(case: Case, generator: torch.Generator) -> Model:
+    layers, distinct, vocabulary, context, (queries, heads, width), shapes = case.sizes
+    make = problems_of(Grid(4, 128, True, BFLOAT), BFLOAT)
+    blocks = [make(Case("", case.tokens, shapes), generator) for _ in range(distinct)]
+    own = texts("bf16")(Case("", case.tokens, (context, queries, heads, width)), generator)
+    columns, device = shapes[0][1], generator.device
+    angle = torch.rand(case.tokens, width // 2, generator=generator, device=device).repeat(1, 2)
+    head = random(generator, vocabulary, columns) * columns**-0.5
+    return Model(blocks, layers, head, own, (angle.cos(), angle.sin()), 1 + 0.1 * random(generator, columns))
+
+
+Multiply = Callable[[int, int, Tensor], Tensor]  # which block, which layer of it
+
+
+def _step(m: Model, multiply: Multiply, ops: Any, keys: Pages, values: Pages) -> list[Tensor]:
+    """One token of each text; ops: `add_rms_norm`, `rope_write`, `paged_decode`, `gated`. Weights are so random that each
+    layer's answer is scaled to the size of the stream."""
+    t, (cos, sin) = m.texts, m.angles
+    x = m.blocks[0][0].x_TI
+    h = torch.zeros_like(x)
+    slots = t.tables[torch.arange(len(x), device=x.device), (t.lengths - 1) // PAGE] * PAGE + (t.lengths - 1) % PAGE
+    heads = t.q_BHD.shape[1] + 2 * keys.heads
+    for layer in range(m.layers):
+        block = layer % len(m.blocks)
+        y, h = ops.norm(x, h, m.weight_C)
+        qkv = multiply(block, 0, y).view(len(x), heads, t.q_BHD.shape[2])
+        q = ops.rope_write(qkv, cos, sin, slots, keys, values)
+        x = multiply(block, 1, ops.attend(q, keys, values).flatten(1))
+        y, h = ops.norm(x, h, m.weight_C)
+        x = multiply(block, 3, ops.gated(multiply(block, 2, y)))
+    return [F.linear(ops.norm(x, h, m.weight_C)[0].to(m.head.dtype), m.head)]
+
+
+@dataclass(frozen=True)
+class Ops:
+    norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope_write: Callable[..., Tensor]
+    attend: Callable[[Tensor, Pages, Pages], Tensor]
+    gated: Callable[[Tensor], Tensor]
+
+
+def _triton_ops(t: Texts) -> Ops:
+    from infopt.kernels.triton import cache, decode, rows
+
+    pages, scaling = torch.full_like(t.lengths, t.tables.shape[1]), t.q_BHD.shape[2] ** -0.5
+
+    def norm(x: Tensor, h: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+        y, _, h = rows.add_rms_norm(x, h, weight_C, EPS)
+        return y, h
+
+    return Ops(
+        norm,
+        lambda qkv, cos, sin, slots, keys, values: cache.rope_write(
+            qkv, cos, sin, None, None, 0.0, slots, keys, values
+        ),
+        lambda q, keys, values: decode.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
+        lambda x: rows.gated(x, "silu")[0],
+    )
+
+
+def _w4_step(m: Model) -> Call:
+    own, keys, values = (
+        [[p.packed for p in block] for block in m.blocks],
+        cloned(m.texts.keys),
+        cloned(m.texts.values),
+    )
+    ops = _triton_ops(m.texts)
+    return lambda: _step(m, lambda block, i, y: cuda_decode.multiply(own[block][i], y), ops, keys, values)
+
+
+def _bf16_step(m: Model) -> Call:
+    own = [[p.q.dequantize(BFLOAT) for p in block] for block in m.blocks]
+    keys, values, ops = cloned(m.texts.keys), cloned(m.texts.values), _triton_ops(m.texts)
+    return lambda: _step(m, lambda block, i, y: F.linear(y, own[block][i]), ops, keys, values)
+
+
+def _step_reference(m: Model) -> list[Tensor]:
+    """fp32 between the roundings that the cache and the residual stream have."""
+    t = m.texts
+    own = [[p.q.dequantize(torch.float32) for p in block] for block in m.blocks]
+    pages, scaling = torch.full_like(t.lengths, t.tables.shape[1]), t.q_BHD.shape[2] ** -0.5
+    ops = Ops(
+        lambda x, h, weight_C: reference.add_rms_norm(x, h, weight_C, EPS),
+        lambda qkv, cos, sin, slots, keys, values: reference.rope_write(
+            qkv, cos, sin, None, None, 0.0, slots, keys, values
+        ),
+        lambda q, keys, values: reference.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
+        lambda x: reference.gated(x, "silu"),
+    )
+    keys, values = cloned(t.keys), cloned(t.values)
+    wide = replace(m, head=m.head.float())
+    found = _step(wide, lambda block, i, y: F.linear(y.float(), own[block][i]).to(BFLOAT), ops, keys, values)
+    return [y.double() for y in found]
+
+
+def _step_bytes(m: Model, packed: bool) -> int:
+    layer = sum(p.packed.nbytes if packed else 2 * p.q.codes.numel() for p in m.blocks[0])
+    return m.layers * (layer + cached(m.texts)) + m.head.nbytes
+
+
+STEP = (32, 4, 128256, 1024, HEADS, LAYERS["8B layer"])
+STEP_OP = Op(
+        "8B-decode-step", ("kernels/cuda/decode.cuh", *source("rows", "cache", "decode")),
+        tuple(Case("32 layers, 1024 tokens", b, STEP) for b in (1, 16)), BFLOAT, _model, _step_reference,
+        Contender("infopt W4", _w4_step, lambda m: _step_bytes(m, True)),
+        (Contender("the same in bf16", _bf16_step, lambda m: _step_bytes(m, False)),), no_flops,
+        lambda case: 10 * case.sizes[0] + 2, limit=5e-2,
+    )  # fmt: skip
