@@ -82,7 +82,7 @@ def load_windows(
     Raises BadInput naming the file, line or column.
     """
     text = _read(spec, tokenizer, part)
-    ids = _tokenise(text, spec, tokenizer)
+    ids = torch.tensor(token_ids(spec.dataset, tokenizer, text.text, special=False), dtype=torch.int64)
     _check_ids(ids, spec, vocab_size)
     count = len(ids) // spec.seqlen
     ids_NT = ids[: count * spec.seqlen].view(count, spec.seqlen)[_choose(spec, count, part)].contiguous()
@@ -114,6 +114,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise BadInput(f"{folder} is not a folder", "a tokenizer is read from a model's folder", fix)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer("a", verbose=False)  # what is odd in its config shows when it is used
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise BadInput(f"{folder} has no tokenizer that can be loaded", _first_line(error), fix) from error
     except Exception as error:
@@ -133,14 +134,19 @@ def _choose(spec: DataSpec, count: int, part: Part) -> torch.Tensor:
     return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
-def _tokenise(text: _Text, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def token_ids(what: str, tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """The tokens of a text; with `special` also those that are put around it. BadInput, naming `what`, where there are none."""
     try:
-        encoding = tokenizer(text.text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(
+            tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        )
     except UnicodeEncodeError as error:
-        raise BadInput(
-            f"{spec.dataset} cannot be tokenised", f"it contains half of a surrogate pair ({error})", "Remove it."
-        ) from error
-    return torch.tensor(encoding["input_ids"], dtype=torch.int64)
+        why = f"it contains half of a surrogate pair ({error})"
+        raise BadInput(f"{what} cannot be tokenised", why, "Remove it.") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust tokenizer's: a character that it has no token for, not even <unk>
+            raise
+        raise BadInput(f"{what} cannot be tokenised", _first_line(error), "Use the original tokenizer.json.") from error
 
 
 def _check_ids(ids: torch.Tensor, spec: DataSpec, vocab_size: int | None) -> None:
