@@ -126,6 +126,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise BadInput(f"{folder} is not a folder", "a tokenizer is read from a model's folder", fix)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer("a", verbose=False)  # what is odd in its config shows when it is used
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise BadInput(f"{folder} has no tokenizer that can be loaded", _first_line(error), fix) from error
     except Exception as error:
@@ -149,7 +150,7 @@ def _packed(
     rows: list[str], spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """(windows cut from the rows joined to one text, the tokens of that text)."""
-    ids = torch.tensor(_tokenise([_BETWEEN.join(rows)], spec, tokenizer)[0], dtype=torch.int64)
+    ids = torch.tensor(token_ids(spec.dataset, tokenizer, [_BETWEEN.join(rows)])[0], dtype=torch.int64)
     if len(ids) < spec.seqlen:
         raise BadInput(
             f"{spec.dataset} is too short",
@@ -167,7 +168,7 @@ def _padded(
     """(a window of each chosen row, their tokens before any was cut, and how many were)."""
     rows = [row for row in rows if row.strip()]
     chosen = [rows[i] for i in _choose(spec, len(rows), part).tolist()]
-    ids = [row for row in _tokenise(chosen, spec, tokenizer) if row]
+    ids = [row for row in token_ids(spec.dataset, tokenizer, chosen) if row]
     if not ids:
         raise BadInput(
             f"{spec.dataset} has no tokens", "its rows are empty to this tokenizer", "Give another --dataset."
@@ -176,13 +177,19 @@ def _padded(
     return windows_NT, {"tokens": sum(map(len, ids)), "rows_cut": sum(len(row) > spec.seqlen for row in ids)}
 
 
-def _tokenise(rows: list[str], spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def token_ids(
+    what: str, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False
+) -> list[list[int]]:
+    """The tokens of each text; with `special` also those that are put around it. BadInput, naming `what`, where there are none."""
     try:
-        encoding = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoding = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     except UnicodeEncodeError as error:
-        raise BadInput(
-            f"{spec.dataset} cannot be tokenised", f"it contains half of a surrogate pair ({error})", "Remove it."
-        ) from error
+        why = f"it contains half of a surrogate pair ({error})"
+        raise BadInput(f"{what} cannot be tokenised", why, "Remove it.") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust tokenizer's: a character that it has no token for, not even <unk>
+            raise
+        raise BadInput(f"{what} cannot be tokenised", _first_line(error), "Use the original tokenizer.json.") from error
     return cast("list[list[int]]", encoding["input_ids"])
 
 

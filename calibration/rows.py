@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from infopt.chat import fill
 from infopt.errors import BadInput
 
 if TYPE_CHECKING:
@@ -100,9 +101,7 @@ def _value_text(where: str, name: str, value: Any, tokenizer: PreTrainedTokenize
 
 
 def _conversation(where: str, name: str, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation as the tokenizer's own chat template writes it (transformers runs it in a sandbox)."""
-    from jinja2 import TemplateError
-
+    """A conversation as the tokenizer's own chat template writes it (`infopt.chat` runs it in bounds)."""
     if not getattr(tokenizer, "chat_template", None):
         raise BadInput(
             f"{where} is a conversation, and this tokenizer has no chat template",
@@ -112,12 +111,7 @@ def _conversation(where: str, name: str, messages: list[Any], tokenizer: PreTrai
     turns = [_turn(where, name, message) for message in messages]
     if not turns:
         return ""
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"{where}: the chat template refuses column {name!r}", _reason(error), "Correct the row or remove it."
-        ) from error
+    return fill(f"this tokenizer ({where}, column {name!r})", tokenizer, turns)
 
 
 def _turn(where: str, name: str, message: Any) -> dict[str, str]:

@@ -50,14 +50,15 @@ def convert(
 
     Example: infopt convert ./model-w4 --format gptq -o ./model-gptq
     Example: infopt convert SmolLM2-135M-Instruct.Q4_1.gguf -o SmolLM2-135M-Instruct
+    Example: infopt convert model-Q4_0.gguf --format compressed-tensors --dequantize -o ./model-w4
     """
     if Path(model).suffix.lower() == ".gguf":
-        if form not in (None, "safetensors") or requantize:
-            why = "a GGUF file is dequantized: its codes are not carried over"
-            raise UsageError(
-                f"{model} --format {form}", why, f"infopt convert {model} -o DIR, then infopt quantize DIR"
-            )
-        _from_gguf(Path(model), output, dtype or WeightType.bfloat16, overwrite, as_json)
+        if form not in (None, "safetensors", "compressed-tensors") or requantize:
+            why = "a GGUF file becomes plain safetensors, or compressed-tensors with its codes"
+            fix = f"infopt convert {model} --format compressed-tensors -o DIR, then infopt convert DIR"
+            raise UsageError(f"{model} --format {form}{' --requantize' if requantize else ''}", why, fix)
+        codes = form == "compressed-tensors"
+        _from_gguf(Path(model), output, dtype or WeightType.bfloat16, overwrite, (codes, dequantize), as_json)
         return
     if form is None:
         raise UsageError("--format is missing", "it says what the folder is to become", "--format gptq")
@@ -66,19 +67,23 @@ def convert(
     _from_folder(model, output, form, (requantize, dequantize), dtype, (overwrite, tokenizer), as_json)
 
 
-def _from_gguf(path: Path, output: Path, dtype: WeightType, overwrite: bool, as_json: bool) -> None:
+def _from_gguf(
+    path: Path, output: Path, dtype: WeightType, overwrite: bool, codes: tuple[bool, bool], as_json: bool
+) -> None:
     import torch
 
     from infopt.exporters.gguf_import import convert_gguf
     from infopt.report import json_out, note
 
-    done = convert_gguf(path, output, getattr(torch, dtype.value), overwrite)
+    done = convert_gguf(path, output, getattr(torch, dtype.value), overwrite, *codes)
     if as_json:
         json_out(dataclasses.asdict(done))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.stored_as.items()))
     note(f"{path.name}: {done.architecture}, {done.parameters / 1e6:.1f} M parameters, tensors: {kinds}")
     note(f"{output}: {done.bytes_written / 1e6:.0f} MB as {dtype.value}, {done.tensors} tensors")
+    if done.carried:
+        note(f"{len(done.carried)} layers carried over bit for bit, {len(done.dequantized)} tensors dequantized")
     if not done.tokenizer:
         note("The file has no tokenizer: copy one into the folder before you quantize or evaluate.", "yellow")
     if done.unused:

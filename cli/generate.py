@@ -109,19 +109,13 @@ def answers(
 
 def encode(tokenizer: Any, words: str, chat: bool) -> list[int]:
     """Token ids of a prompt. BadInput where the model has no chat template, or one that does not work."""
-    if not chat:
-        return list(tokenizer(words)["input_ids"])
-    from jinja2 import TemplateError
+    from infopt.calibration.data import token_ids
+    from infopt.chat import fill
 
-    from infopt.errors import BadInput
-
-    messages = [{"role": "user", "content": words}]
-    try:
-        filled = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        what = f"the chat template of {tokenizer.name_or_path} cannot be used"
-        raise BadInput(what, str(error).partition("\n")[0][:200], "Leave --chat out.") from error
-    return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
+    name = tokenizer.name_or_path
+    if chat:
+        words = fill(name, tokenizer, [{"role": "user", "content": words}], answer=True)
+    return token_ids("the prompt", tokenizer, [words], special=not chat)[0]
 
 
 def write(text: str) -> None:

@@ -21,7 +21,7 @@ import infopt
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import InfoptError, Unsupported, VerificationFailed
 from infopt.exporters.carry import Carry, Loss, carried_tensor, model_dtype, plan_carry, round_nearest, say
-from infopt.exporters.folder import model_config, open_model, write_folder
+from infopt.exporters.folder import model_config, open_model, prove, write_folder
 from infopt.exporters.gguf_blocks import GGUF_Q8_0
 from infopt.exporters.gguf_export import GGUFExport
 from infopt.exporters.gguf_kquants import KQUANTS
@@ -79,7 +79,7 @@ def convert_folder(
         try:
             digests, copied = _write_weights(reader, skeleton, plan, form, dtype or model_dtype(reader.config), folder)
             _write_rest(reader, plan, form, dtype, digests, folder.stage)
-            _prove(folder.stage, digests)
+            prove(folder.stage, digests)
         except InfoptError:
             folder.discard()  # there is nothing to go on from
             raise
@@ -378,14 +378,3 @@ def _source_report(folder: Path) -> dict[str, Any]:
 def _digests(folder: Path) -> dict[str, str]:
     layers = _source_report(folder).get("layers", {})
     return {name: str(entry["digest"]) for name, entry in layers.items() if "digest" in entry}
-
-
-def _prove(stage: Path, digests: dict[str, str]) -> None:
-    """Read the folder back: every layer must decode to the codes, scales and zero points that were meant."""
-    written = open_model(stage)
-    seen = {}
-    if isinstance(written, QuantizedReader):
-        seen = {name: written.qtensor(name).digest() for name in written.quantized}
-    wrong = sorted(name for name in seen.keys() | digests.keys() if seen.get(name) != digests.get(name))
-    if wrong:
-        raise VerificationFailed(f"{wrong[0]} was not written as meant", f"{len(wrong)} such layers", "report this bug")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infopt.checkpoint import CheckpointReader, contained
-from infopt.errors import Unsupported
+from infopt.errors import Unsupported, VerificationFailed
 from infopt.exporters import mlx
 from infopt.exporters.formats import for_settings
 from infopt.exporters.quantized import QuantizedReader
@@ -72,3 +72,14 @@ def write_folder(
         target = stage / path.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def prove(stage: Path, digests: dict[str, str]) -> None:
+    """Read a folder back: every layer must decode to the codes, scales and zero points that were meant."""
+    written = open_model(stage)
+    seen = {}
+    if isinstance(written, QuantizedReader):
+        seen = {name: written.qtensor(name).digest() for name in written.quantized}
+    wrong = sorted(name for name in seen.keys() | digests.keys() if seen.get(name) != digests.get(name))
+    if wrong:
+        raise VerificationFailed(f"{wrong[0]} was not written as meant", f"{len(wrong)} such layers", "report this bug")

@@ -12,7 +12,10 @@ or without. Only 4 bits with zero points need Q4_1, whose m = -z d must be a flo
 A GGUF file has no place for what other formats call a config. While a model is still codes it stays in the layout of
 compressed-tensors; `GGUF` and `GGUF_Q8_0` are that layout with GGUF's limits.
 
-Legend: O output channels, I input columns, G groups of columns, N blocks.
+The way back is exact for every Q8_0 and Q4_0 block, and for a Q4_1 block whose m is a multiple of its d. llama.cpp gives half
+of its Q4_0 blocks a negative d; (q - 8) d = (15 - q - 7) (-d), so such a block has a positive scale and the zero point 7.
+
+Legend: O output channels, I input columns, G groups of columns, N blocks, B bytes of a block.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from infopt.exporters import compressed_tensors
 from infopt.exporters.quantized import Format, Shape
@@ -31,6 +34,8 @@ from infopt.qtensor import QTensor
 
 BLOCK = 32
 _SCALE_BITS = 7
+_SMALLEST = 2.0**-14  # the scale of a block of zeros: formats with codes have none that is zero
+CODES = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0)
 
 
 def block_type(q8: bool, grid: Grid) -> GGMLQuantizationType:
@@ -73,6 +78,42 @@ def _nibbles(codes_ON32: torch.Tensor) -> torch.Tensor:
 
 def _offset(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     return 0.0 - scale.double() * zero.double()  # and not -0.0, which other writers do not write
+
+
+def decode_blocks(raw: np.ndarray, kind: GGMLQuantizationType) -> QTensor | str:
+    """The codes in uint8 [O, bytes of a row], in groups of 32 with positive float16 scales; where no codes mean the same
+    numbers, why not."""
+    blocks_ONB = torch.from_numpy(raw).unflatten(1, (-1, GGML_QUANT_SIZES[kind][1]))
+    scale_ON = _floats(blocks_ONB[..., :2])
+    if not bool(torch.isfinite(scale_ON).all()):
+        return "its scales are not finite"
+    bits = 8 if kind is GGMLQuantizationType.Q8_0 else 4
+    zero: torch.Tensor | None = torch.full(scale_ON.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    if bits == 8:
+        codes_ON32 = blocks_ONB[..., 2:] ^ 128  # a signed byte plus 128
+    else:
+        codes_ON32 = torch.cat([blocks_ONB[..., -16:] & 15, blocks_ONB[..., -16:] >> 4], dim=-1)
+    if kind is GGMLQuantizationType.Q4_1:
+        zero = _zero(scale_ON, _floats(blocks_ONB[..., 2:4]))
+    if zero is None:
+        return "its offsets are no multiples of its scales"
+    none, flipped = scale_ON == 0, scale_ON < 0
+    codes_ON32 = torch.where(none[..., None], zero[..., None], codes_ON32)
+    codes_ON32 = torch.where(flipped[..., None], 2**bits - 1 - codes_ON32, codes_ON32)
+    zero = torch.where(flipped, 2**bits - 1 - zero, zero)
+    grid = Grid(bits, BLOCK, bool((zero == 2 ** (bits - 1)).all()), torch.float16)
+    return QTensor(codes_ON32.flatten(1), torch.where(none, _SMALLEST, scale_ON.abs()), zero, grid)
+
+
+def _floats(bytes_ON2: torch.Tensor) -> torch.Tensor:
+    return bytes_ON2.contiguous().view(torch.float16)[..., 0]
+
+
+def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor | None:
+    """uint8 zero points with offset = -z * scale exactly, the middle where both are 0; None where there are none."""
+    zero = torch.where((scale == 0) & (offset == 0), 8.0, (-offset.double() / scale.double()).round())
+    fits = (zero >= 0) & (zero <= 15) & (zero * scale.double() == -offset.double())
+    return zero.to(torch.uint8) if bool(fits.all()) else None
 
 
 def _objection(q8: bool, grid: Grid, shape: Shape) -> str | None:

@@ -20,7 +20,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from infopt.errors import Unsupported, VerificationFailed
 from infopt.exporters.carry import Carry, carried_tensor, check_finite, round_nearest
 from infopt.exporters.folder import model_config
 from infopt.exporters.gguf_blocks import block_type, encode_blocks
+from infopt.exporters.gguf_codes import row_order
 from infopt.exporters.gguf_import import gguf_config, gguf_names, gguf_processor, gguf_tensors
 from infopt.exporters.gguf_kquants import fitting, round_blocks
 from infopt.exporters.gguf_settings import ARCHITECTURES, add_settings, check_settings
@@ -144,7 +144,7 @@ class GGUFExport:
             if key not in names:
                 raise _refused(self.reader, f"GGUF's {self.arch} has no place for {key}")
             name, shape = names.pop(key), tuple(tensor.shape)
-            rows, offset = _undone(processor, name, shape)
+            rows, offset = row_order(processor, name, shape)
             yield _Tensor(name, key, self._kind(key, len(shape)), shape, rows, offset)
 
     def _same_head(self) -> bool:
@@ -239,29 +239,6 @@ def check_gguf(reader: CheckpointReader, tokenizer: bool) -> None:
     export = GGUFExport(reader, Skeleton(model_config(reader.config), reader), None, False, torch.float32)
     if tokenizer:
         add_tokenizer(GGUFWriter(None, export.arch), reader.folder, export.settings.vocab_size)
-
-
-def _undone(processor: Any, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray | None, float]:
-    """(the row order, the offset) with file = folder[rows] - offset, from what transformers' undoing does to row numbers."""
-    numbers = np.arange(shape[0], dtype=np.float32)
-    probe = numbers if len(shape) == 1 else np.repeat(numbers[:, None], 2, axis=1)
-    result = processor.process(
-        weights=probe.copy(), name=name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
-    )
-    got = result.weights
-    if result.name != name or got.shape != probe.shape:
-        raise Unsupported(
-            f"{name} is changed by GGUF in a way that infopt cannot write", "", "use llama.cpp's converter"
-        )
-    offset = float(got.min())
-    column = (got if got.ndim == 1 else got[:, 0]) - offset
-    if (got.ndim == 2 and not np.array_equal(got[:, 0], got[:, 1])) or not np.array_equal(np.sort(column), numbers):
-        raise Unsupported(
-            f"{name} is changed by GGUF in a way that infopt cannot write", "", "use llama.cpp's converter"
-        )
-    # The folder's row i is the file's row column[i]; so the file's row r is the folder's row argsort(column)[r].
-    order = None if np.array_equal(column, numbers) else np.argsort(column)
-    return order, offset
 
 
 def _in_rows(q: QTensor, rows: np.ndarray | None) -> QTensor:

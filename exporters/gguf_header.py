@@ -15,8 +15,9 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from infopt.errors import BadInput, Unsupported
@@ -121,6 +122,17 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             return _read(_Cursor(path, data))
     except (OSError, ValueError) as error:  # mmap says ValueError for an empty file
         raise _bad(path, str(error)) from error
+
+
+def read_raw(file: BinaryIO, info: GGUFTensorInfo, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of leading rows [start, stop), uint8 [rows, bytes of a row]; a vector is one row. BadInput past the end."""
+    one_row = len(info.shape) == 1
+    size = info.nbytes // info.shape[0] if not one_row else 0
+    file.seek(info.offset + start * size)
+    raw = bytearray(info.nbytes if one_row else (stop - start) * size)
+    if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+        raise BadInput(f"{file.name} became shorter while it was read", "", "Run the command again.")
+    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, info.row_bytes)
 
 
 def _read(cursor: _Cursor) -> GGUFHeader:

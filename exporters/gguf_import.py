@@ -5,8 +5,8 @@ the tables that undo all this (`modeling_gguf_pytorch_utils`), and the `gguf` pa
 This file joins the two as a stream, so that a 40 GB file needs the memory of its largest tensor, and the result is bit
 for bit what `AutoModelForCausalLM.from_pretrained(..., gguf_file=...)` gives, dequantized and cast (a test compares).
 
-The weights are *dequantized*: what the GGUF's own quantization lost stays lost, and a model made from a 4-bit file is a
-16-bit file with 4-bit content. Say so when you report numbers about it.
+The weights are *dequantized*, unless their codes are asked for (gguf_codes.py): what the GGUF's own quantization lost stays
+lost, and a model made from a 4-bit file is a 16-bit file with 4-bit content. Say so when you report numbers about it.
 
 The header is checked first (gguf_header.py); the tables come into play only for a file whose sizes are consistent.
 Stacked experts keep the stacked names that transformers 5 has in memory, which its loader takes as they are.
@@ -14,11 +14,11 @@ Stacked experts keep the stacked names that transformers 5 has in memory, which 
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,9 +28,12 @@ from gguf import dequantize
 from torch import nn
 
 from infopt.errors import BadInput, InfoptError, Unsupported
-from infopt.exporters.gguf_header import GGUFHeader, GGUFTensorInfo, read_gguf_header
-from infopt.exporters.gguf_tokenizer import with_rules
-from infopt.output import OutputFolder, merge_shards, write_safetensors
+from infopt.exporters.folder import prove
+from infopt.exporters.gguf_codes import FLOATS, Codes, plan_codes
+from infopt.exporters.gguf_header import GGUFHeader, GGUFTensorInfo, read_gguf_header, read_raw
+from infopt.exporters.gguf_tokenizer import write_tokenizer
+from infopt.header import read_json
+from infopt.output import OutputFolder, merge_shards, write_json, write_safetensors
 
 _PART_BYTES = 256 * 2**20
 _CHUNK_VALUES = 16 * 2**20
@@ -61,49 +64,88 @@ class Converted:
     stored_as: dict[str, int]  # GGUF type -> number of tensors
     unused: list[str]  # tensors of the file that the model has no place for
     tokenizer: bool
+    carried: list[str]  # layers that kept their codes
+    dequantized: list[str]
 
 
-def convert_gguf(path: Path, output: Path, dtype: torch.dtype = torch.bfloat16, overwrite: bool = False) -> Converted:
+def convert_gguf(
+    path: Path,
+    output: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+    keep_codes: bool = False,
+    dequantize: bool = True,
+) -> Converted:
     """Write `output` (config, weights as `dtype`, tokenizer, chat template, generation config, manifest).
 
+    keep_codes: linear layers keep theirs, as compressed-tensors; with `dequantize` what cannot becomes floats.
+
     Raises BadInput for a damaged file or values that are not finite in `dtype`, Unsupported for an architecture that
-    transformers cannot map.
+    transformers cannot map, and for codes that would have to be dequantized.
     """
     header = read_gguf_header(path)
     _check_counts(header)
+    model = _skeleton(header)
+    plan = _plan(header, model)
+    if keep_codes:
+        plan = replace(plan, codes=plan_codes(header, plan.targets, model, plan.processor, dtype))
+        _check_loss(plan, dequantize)
     with OutputFolder(output, overwrite=overwrite, source=path) as folder:
         for left in (*folder.stage.iterdir(), *folder.work.glob("part-*")):
             left.unlink()  # of an interrupted run, perhaps of another file
         try:
-            model = _skeleton(header)
-            plan = _plan(header, model)
             _write_side_files(model, dtype, folder.stage)
-            tokenizer = _write_tokenizer(header, folder.stage)
-            written = _write_weights(_stream(plan, dtype), folder)
-            _check_complete(header, model, set(written))
+            tokenizer = write_tokenizer(header, folder.stage)
+            written = _write_weights(plan, dtype, folder)
+            _check_complete(plan, model, written.keys())
+            if plan.codes:
+                _write_codes_report(plan.codes, folder.stage)
         except InfoptError:
             folder.discard()  # there is nothing to go on from
             raise
         folder.commit()
-    parameters = sum(written.values())
+    quantized = {n for n, info in header.tensors.items() if info.kind not in FLOATS and n in plan.targets}
+    carried = {name: layer.op for name, layer in plan.codes.layers.items()} if plan.codes else {}
     return Converted(
         output=str(output),
         architecture=header.architecture,
         tensors=len(written),
-        parameters=parameters,
+        parameters=sum(math.prod(header.tensors[name].shape) for name in plan.targets),
         bytes_read=path.stat().st_size,
-        bytes_written=parameters * dtype.itemsize,
+        bytes_written=sum(written.values()),
         stored_as=dict(Counter(info.kind.name for info in header.tensors.values())),
         unused=sorted(header.tensors.keys() - plan.targets.keys()),
         tokenizer=tokenizer,
+        carried=sorted(carried.values()),
+        dequantized=sorted(plan.targets[name] for name in quantized - carried.keys()),
     )
 
 
+def _check_loss(plan: _Plan, dequantize: bool) -> None:
+    if plan.codes and plan.codes.lost and not dequantize:
+        first, why = next(iter(plan.codes.lost.items()))
+        total = len(plan.codes.lost) + len(plan.codes.layers)
+        raise Unsupported(
+            f"{len(plan.codes.lost)} of {total} quantized tensors of {plan.header.path} cannot keep their codes",
+            f"{first}: {why}",
+            "--dequantize (stores those as floats)",
+        )
+
+
+def _write_codes_report(codes: Codes, stage: Path) -> None:
+    """The section of config.json and infopt.json; then every layer is read back and must be what was meant."""
+    config = read_json(stage / "config.json")
+    write_json(stage / "config.json", {**config, "quantization_config": codes.section()})
+    write_json(stage / "infopt.json", codes.report())
+    prove(stage, codes.digests)
+
+
 def gguf_tensors(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The file's tensors under their Hugging Face names, dequantized, in the order of the file. Raises as `convert_gguf`."""
+    """The file's tensors under their Hugging Face names, dequantized. Raises as `convert_gguf`."""
     header = read_gguf_header(path)
     _check_counts(header)
-    return _stream(_plan(header, _skeleton(header)), dtype)
+    plan = _plan(header, _skeleton(header))
+    return (pair for infos in _portions(plan) for pair in _stream(plan, infos, dtype))
 
 
 def gguf_config(path: Path) -> Any:
@@ -129,17 +171,29 @@ def gguf_names(model: nn.Module, processor: Any, architecture: str | None = None
         raise Unsupported("GGUF has no names for this model", str(error), "pip install --upgrade gguf") from error
 
 
-def _write_weights(stream: Iterator[tuple[str, torch.Tensor]], folder: OutputFolder) -> dict[str, int]:
-    """Write the tensors as they come, then merge the parts to shards; gives the number of values of each tensor."""
+def _write_weights(plan: _Plan, dtype: torch.dtype, folder: OutputFolder) -> dict[str, int]:
+    """Write the tensors portion by portion, then merge the parts to shards; gives the number of bytes of each tensor."""
     parts: list[Path] = []
     written: dict[str, int] = {}
-    for batch in _batches(stream):
-        parts.append(folder.work / f"part-{len(parts):05d}.safetensors")
-        write_safetensors(parts[-1], batch)
-        written |= {name: tensor.numel() for name, tensor in batch.items()}
+    for infos in _portions(plan):
+        for batch in _batches(_stream(plan, infos, dtype)):
+            parts.append(folder.work / f"part-{len(parts):05d}.safetensors")
+            write_safetensors(parts[-1], batch)
+            written |= {name: tensor.nbytes for name, tensor in batch.items()}
     if parts:
         merge_shards(parts, folder.stage)
     return written
+
+
+def _portions(plan: _Plan) -> Iterator[list[GGUFTensorInfo]]:
+    """The file's tensors in the order in which `infopt quantize` writes them, so that its folders can come back byte for
+    byte: what is outside the blocks, then block after block, by name."""
+    blocks: dict[int, list[GGUFTensorInfo]] = {}
+    for name, info in plan.header.tensors.items():
+        number = re.match(r"blk\.(\d+)\.", name)
+        blocks.setdefault(int(number[1]) if number else -1, []).append(info)
+    for _, infos in sorted(blocks.items()):
+        yield sorted(infos, key=lambda info: plan.targets.get(info.name, ""))
 
 
 def _check_counts(header: GGUFHeader) -> None:
@@ -208,46 +262,17 @@ def _write_side_files(model: Any, dtype: torch.dtype, stage: Path) -> None:
         model.generation_config.save_pretrained(stage)
 
 
-def _write_tokenizer(header: GGUFHeader, stage: Path) -> bool:
-    """Write the tokenizer with its chat template; False where the file has none."""
-    from transformers import AutoTokenizer
-
-    if not header.values.get("tokenizer.ggml.tokens"):
-        return False
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(header.path.parent), gguf_file=header.path.name, local_files_only=True
-        )
-        tokenizer.save_pretrained(stage)
-        _restore_rules(header, stage / "tokenizer.json")
-    except _MODEL_FAILURES as error:
-        raise Unsupported(
-            f"{header.path}: its tokenizer cannot be converted",
-            f"{type(error).__name__}: {error}",
-            "Use the original Hugging Face model.",
-        ) from error
-    return True
-
-
-def _restore_rules(header: GGUFHeader, path: Path) -> None:
-    """How text is cut before it is merged: the file says it by name, which transformers does not read."""
-    name = header.values.get("tokenizer.ggml.pre")
-    if header.values.get("tokenizer.ggml.model") != "gpt2" or not isinstance(name, str) or not path.exists():
-        return
-    rules = with_rules(json.loads(path.read_text(encoding="utf-8")), name)
-    if rules is not None:
-        path.write_text(json.dumps(rules, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """Where each tensor of the file goes. `names` is transformers' table; `targets` what of it this file has."""
+    """Where each tensor of the file goes. `names` is transformers' table; `targets` what of it this file has; `codes` what
+    is not to be dequantized."""
 
     header: GGUFHeader
     processor: Any
     names: dict[str, str]
     targets: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    codes: Codes | None = None
 
 
 def _plan(header: GGUFHeader, model: nn.Module) -> _Plan:
@@ -274,8 +299,8 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return dict(config.to_dict())
 
 
-def _stream(plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors under their Hugging Face names, in the order of the file.
+def _stream(plan: _Plan, infos: list[GGUFTensorInfo], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors that these of the file become, under their Hugging Face names.
 
     A processor may return a tensor under a GGUF name, or put it into the dict that it is handed: several GGUF tensors
     can feed one (gate and up of stacked experts), which leaves when its last source has been read.
@@ -283,7 +308,10 @@ def _stream(plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor
     sources = Counter(plan.targets.values())
     held: dict[str, torch.Tensor] = {}
     with plan.header.path.open("rb") as file:
-        for info in plan.header.tensors.values():
+        for info in infos:
+            if plan.codes and info.name in plan.codes.layers:
+                yield from plan.codes.tensors(file, info)
+                continue
             result = _one(file, info, plan, held, dtype)
             if result is not None:
                 yield _checked(plan, *result)
@@ -333,15 +361,9 @@ def _row_ranges(info: GGUFTensorInfo) -> Iterator[tuple[int, int]]:
 
 def _read_rows(file: BinaryIO, info: GGUFTensorInfo, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Leading rows [start, stop) as float32, in the tensor's shape."""
-    one_row = len(info.shape) == 1
-    size = info.nbytes // info.shape[0] if not one_row else 0
-    file.seek(info.offset + start * size)
-    raw = bytearray(info.nbytes if one_row else (stop - start) * size)
-    if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
-        raise BadInput(f"{file.name} became shorter while it was read", "", "Run the command again.")
-    shape = info.shape if one_row else (stop - start, *info.shape[1:])
+    shape = info.shape if len(info.shape) == 1 else (stop - start, *info.shape[1:])
     try:
-        values = dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(-1, info.row_bytes), info.kind)
+        values = dequantize(read_raw(file, info, start, stop), info.kind)
     except NotImplementedError as error:
         raise Unsupported(
             f"the tensor {info.name} has the type {info.kind.name}", str(error), "pip install --upgrade gguf"
@@ -379,14 +401,15 @@ def _batches(stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         yield batch
 
 
-def _check_complete(header: GGUFHeader, model: nn.Module, written: set[str]) -> None:
+def _check_complete(plan: _Plan, model: nn.Module, written: Collection[str]) -> None:
     """Each tensor of the model must have come, itself or as the tensor that it is tied to."""
+    carried = {f"{layer.op}.weight" for layer in plan.codes.layers.values()} if plan.codes else set()
     wanted = model.state_dict(keep_vars=True)
-    there = {id(tensor) for name, tensor in wanted.items() if name in written}
+    there = {id(tensor) for name, tensor in wanted.items() if name in written or name in carried}
     missing = sorted(name for name, tensor in wanted.items() if id(tensor) not in there)
     if missing:
         raise Unsupported(
-            f"{header.path} does not give the whole model",
+            f"{plan.header.path} does not give the whole model",
             f"{len(missing)} tensors are missing, the first is {missing[0]}",
             "Use the original Hugging Face model.",
         )

@@ -4,7 +4,7 @@ llama.cpp cuts text before it merges by rules that it knows by name (`tokenizer.
 without any error, so the name is not guessed: the folder's own rules, as tokenizer.json spells them, must be among
 those in the table. Anything else is refused, and `--no-tokenizer` writes the file without one.
 
-The way back needs the same table: transformers makes a tokenizer from a file without looking at the name, so `with_rules`
+The way back needs the same table: transformers makes a tokenizer from a file without looking at the name, so `write_tokenizer`
 puts the rules that the name stands for in place. A name that is not in the table leaves the
 tokenizer as transformers makes it.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from infopt.errors import BadInput, Unsupported
+from infopt.exporters.gguf_header import GGUFHeader
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = (
@@ -34,6 +35,7 @@ _RULES = {
 _ALIASES = {"gpt-2": "gpt-2", "smollm": "smollm", "llama-bpe": "llama-bpe", "llama3": "llama-bpe", "qwen2": "qwen2"}
 _NORMALIZERS = (None, {"type": "NFC"})  # llama.cpp normalises nothing; Qwen's NFC changes no composed text
 _FAILURES = (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError)
+_READING_FAILURES = (*_FAILURES, IndexError, ZeroDivisionError, RuntimeError)
 _FIX = "--no-tokenizer writes the file without one; llama.cpp's own converter may know this tokenizer"
 
 
@@ -76,7 +78,38 @@ _SPECIAL = {
 }
 
 
-def with_rules(rules: dict[str, Any], name: str) -> dict[str, Any] | None:
+def write_tokenizer(header: GGUFHeader, stage: Path) -> bool:
+    """Write the tokenizer with its chat template; False where the file has none."""
+    from transformers import AutoTokenizer
+
+    if not header.values.get("tokenizer.ggml.tokens"):
+        return False
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(header.path.parent), gguf_file=header.path.name, local_files_only=True
+        )
+        tokenizer.save_pretrained(stage)
+        _restore_rules(header, stage / "tokenizer.json")
+    except _READING_FAILURES as error:
+        raise Unsupported(
+            f"{header.path}: its tokenizer cannot be converted",
+            f"{type(error).__name__}: {error}",
+            "Use the original Hugging Face model.",
+        ) from error
+    return True
+
+
+def _restore_rules(header: GGUFHeader, path: Path) -> None:
+    """How text is cut before it is merged: the file says it by name, which transformers does not read."""
+    name = header.values.get("tokenizer.ggml.pre")
+    if header.values.get("tokenizer.ggml.model") != "gpt2" or not isinstance(name, str) or not path.exists():
+        return
+    rules = _with_rules(json.loads(path.read_text(encoding="utf-8")), name)
+    if rules is not None:
+        path.write_text(json.dumps(rules, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _with_rules(rules: dict[str, Any], name: str) -> dict[str, Any] | None:
     """tokenizer.json's content with the pre-tokenizer that llama.cpp's `name` stands for; None for a name not known."""
     known = {pre: steps for steps, pre in _RULES.items()}
     if name not in _ALIASES:

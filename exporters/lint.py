@@ -23,6 +23,7 @@ RULES: tuple[Rule, ...] = (
     lint_files.generation_config,
     lint_files.ties,
     lint_files.missing_layers,
+    lint_files.missing_experts,
     lint_files.leftovers,
     lint_scheme.required_keys,
     lint_scheme.unmatched_names,
@@ -34,6 +35,8 @@ RULES: tuple[Rule, ...] = (
     lint_layers.kv_scales,
     lint_layers.act_order,
     lint_layers.group_degrees,
+    lint_layers.head_degrees,
+    lint_layers.block_degrees,
     lint_layers.shapes,
     lint_layers.quantized_head,
 )

@@ -197,6 +197,23 @@ def missing_layers(model: Model) -> Iterator[Finding]:
         yield found("missing-layers", "warning", "config.json", message, fix)
 
 
+def missing_experts(model: Model) -> Iterator[Finding]:
+    """Experts that config.json promises: a loader fills absent ones with random numbers."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    wanted = next((n for key in keys if type(n := model.text_config.get(key)) is int), 0)
+    there: dict[str, set[int]] = {}
+    for name in model.layers:
+        place, _, rest = name.partition(".experts.")
+        number = rest.partition(".")[0]
+        if number.isascii() and number.isdigit() and len(number) < 7:
+            there.setdefault(f"{place}.experts", set()).add(int(number))
+    for place, numbers in there.items():
+        absent = [str(number) for number in range(min(wanted, 100_000)) if number not in numbers]
+        if absent:
+            message = f"{wanted} experts are promised, and {place} has no expert {quoted(absent)}"
+            yield found("missing-layers", "error", "config.json", message, "fetch the missing shards")
+
+
 def leftovers(model: Model) -> Iterator[Finding]:
     """Older quantization files that contradict config.json."""
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):

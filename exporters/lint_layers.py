@@ -177,6 +177,50 @@ def group_degrees(model: Model) -> Iterator[Finding]:
             yield found("group-degrees", level, layer.info(), arithmetic, fix)
 
 
+def head_degrees(model: Model) -> Iterator[Finding]:
+    """Attention heads are cut whole; those of keys and values are also replicated, whole."""
+    tp, heads = model.tp, model.text_config.get("num_attention_heads", model.text_config.get("n_head"))
+    shared = model.text_config.get("num_key_value_heads") or heads
+    if not tp or type(heads) is not int or type(shared) is not int or min(heads, shared) < 1:
+        return
+    fix = f"choose a degree that divides {heads}"
+    if heads % tp:
+        yield found("head-degrees", "error", "config.json", f"{heads} heads / {tp} is not whole", fix)
+    elif shared % tp and tp % shared:
+        message = f"{shared} key-value heads cannot be divided among {tp} ranks, nor {tp} ranks among them"
+        yield found("head-degrees", "error", "config.json", message, fix)
+
+
+def block_degrees(model: Model) -> Iterator[Finding]:
+    """A rank's part of a weight with scales for blocks must be whole blocks."""
+    block = _block(model)
+    told: set[tuple[int, int]] = set()
+    for layer in model.layers.values() if model.tp and block else ():
+        weight = layer.parts.get("weight")
+        if not layer.quantized or weight is None or len(weight.shape) != 2:
+            continue
+        side = 1 if layer.last in ROW_PARALLEL else 0
+        size, width = weight.shape[side], block[side]
+        if (size, width) not in told and size % (model.tp * width):
+            told.add((size, width))
+            message = f"{size} / {model.tp} ranks is no whole number of blocks of {width}"
+            fix = f"use a smaller degree, or pad {size} to a multiple of {model.tp * width}"
+            yield found("group-degrees", "error", layer.info(), message, fix)
+
+
+def _block(model: Model) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that have scales of their own, as the section says; None where there are none."""
+    listed = [model.quantization.get("weight_block_size")]
+    groups = model.quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        listed.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    for block in listed:
+        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+            return block[0], block[1]
+    return None
+
+
 def _columns_and_groups(model: Model, layer: Layer) -> tuple[int, int] | None:
     parts = layer.parts
     if "qweight" in parts and "scales" in parts and len(parts["scales"].shape) == 2:
@@ -187,7 +231,7 @@ def _columns_and_groups(model: Model, layer: Layer) -> tuple[int, int] | None:
     if not layer.quantized or scale is None or len(scale.shape) != 2:
         return None
     shape = _logical(layer)
-    return (shape[1], scale.shape[1]) if shape else None
+    return (shape[1], scale.shape[1]) if shape and scale.shape[0] == shape[0] else None  # and not blocks of rows
 
 
 def _logical(layer: Layer) -> tuple[int, int] | None:

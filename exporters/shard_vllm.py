@@ -8,8 +8,8 @@ Each rank's file holds vLLM's own parameters before its kernels repack them:
 
 vLLM refuses files with a parameter too few or too many, so only what was loaded in its CPU build is written: llama models, not
 quantized, in 4 bits (compressed-tensors pack-quantized, gptq without activation order, awq), or in 8 bits with rounded inputs
-(compressed-tensors, scales per channel: W8A8, W8A8_STATIC, FP8_DYNAMIC). `benchmarks/interop/sharded_state.py` loads them
-again; everything else is refused here, with the reason. This layout is one way: `infopt assemble` puts logical shards back.
+(compressed-tensors, scales per channel: W8A8, FP8_DYNAMIC; W8A8_STATIC at TP 1). `benchmarks/interop/sharded_state.py` loads
+them again; all else is refused here, with the reason. This layout is one way: `infopt assemble` puts logical shards back.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def check_vllm(reader: CheckpointReader, tp: int, pp: int) -> None:
     section = reader.config.get("quantization_config") or {}
     grids = set(getattr(reader, "quantized", {}).values())
     for grid in grids:
-        if why := _unread(str(section.get("quant_method")), grid):
+        why = _unread(str(section.get("quant_method")), grid)
+        if why is None and tp > 1 and grid.inputs and not grid.inputs.dynamic:
+            why = "static scales of inputs were loaded at TP 1 only"
+        if why:
             raise Unsupported(f"--layout vllm of {section.get('quant_method')} in {grid.bits} bits", why, fix)
     stored = getattr(reader, "stored", reader.tensors)
     if isinstance(reader, QuantizedReader) and reader.ordered:

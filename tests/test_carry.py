@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_there_and_back_gives_the_old_bytes(home: Path, tmp_path: Path, source: 
         assert (tmp_path / "back" / name).read_bytes() == (home / source / name).read_bytes(), name
     model = home / ("gpt2-model" if source == "gpt2" else "model")
     assert infopt("verify", tmp_path / "there", "--reference", model, *FEW).code == 0
+
+
+ALL = ("compressed-tensors", "gptq", "gptq_v2", "awq", "mlx")
+
+
+@pytest.fixture(scope="module")
+def every(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The symmetric model in each format that holds it, made from compressed-tensors."""
+    place = tmp_path_factory.mktemp("every")
+    made = {form: place / form for form in ALL if form != "compressed-tensors"}
+    for form, folder in made.items():
+        convert(home / "sym", folder, form)
+    return {"compressed-tensors": home / "sym", **made}
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations(ALL, 2))
+def test_every_pair_gives_the_same_bytes(every: dict[str, Path], tmp_path: Path, first: str, second: str) -> None:
+    """A format's bytes do not depend on where the codes come from, so A to B to A is A for all pairs, and so is any chain."""
+    convert(every[first], tmp_path / "out", second)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (every[second] / name).read_bytes(), name
 
 
 def test_all_formats_hold_the_same_weights(home: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_large_file_is_read_as_far_as_needed_and_says_so(tmp_path, tokenizer):
         ("a.jsonl", b'{"text": "\\ud800 half"}', "half of a surrogate pair"),
         ("a.jsonl", b'{"messages": ["hello"]}', "must hold messages"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', "must hold messages"),
-        ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}', "the chat template refuses"),
+        ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}', "no tools"),
         ("a.parquet", b"PAR1 and not much more", "not a readable parquet file"),
         ("a.csv", b"text\nhello", "the name must end in"),
         ("a.jsonl.gz", gzip.compress(bytes(2**24)), "the name must end in"),  # a bomb, not even opened

@@ -20,6 +20,7 @@ from infopt.exporters.packing import pack_bits
 
 from .folders import json_values
 from .tools import infopt, tiny
+from .tools import text as letters
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512}
 LAYER = "model.layers.0"
@@ -110,12 +111,18 @@ def head_copy(values: float) -> Callable[[Path], None]:
     return apply
 
 
+def tied_and_quantized(folder: Path) -> None:
+    edit(folder, lambda config: config.update(tie_word_embeddings=True))
+    weights(lambda t: t.update({"lm_head.weight_packed": torch.ones(128, 32, dtype=torch.int32)}))(folder)
+
+
 PLANTED = {
     # Non-finite numbers (FIELD 1.3)
     "nan scale": (put(f"{LAYER}.mlp.up_proj.weight_scale", float("nan")), "error", "scale", "not finite"),
     "infinite scale": (put(f"{LAYER}.mlp.up_proj.weight_scale", float("inf")), "error", "scale", "not finite"),
     "zero scale": (put(f"{LAYER}.mlp.up_proj.weight_scale", 0.0), "error", "scale", "1 of its values is zero"),
     "negative scale": (put(f"{LAYER}.mlp.up_proj.weight_scale", -1.0), "error", "scale", "negative"),
+    "no scale": (weights(lambda t: t.pop(f"{LAYER}.mlp.up_proj.weight_scale")), "error", "shape", "no scale"),
     "nan norm": (put("model.norm.weight", float("nan")), "error", "not-finite", "not finite"),
     # Groups against shapes and tensor parallelism (1.6)
     "group that is none": (section(lambda s: weights_of(s).update(group_size=0)), "error", "number", "group_size is 0"),
@@ -162,6 +169,7 @@ PLANTED = {
     "no head": (weights(lambda t: t.pop("lm_head.weight")), "error", "tied-head", "no lm_head"),
     "tied, stored": (head_copy(0.0), "info", "tied-head", "although it is tied"),
     "tied, different": (head_copy(1.0), "error", "tied-head", "differs"),
+    "tied, quantized": (tied_and_quantized, "error", "tied-head", "quantized and tied"),
     # Unsafe files
     "pickle": (write("optimizer.pt", b"x"), "warning", "pickle", "run code"),
     "code": (write("modeling_x.py", b"x"), "warning", "remote-code", "code"),
@@ -227,6 +235,60 @@ def test_groups_that_rule_out_degrees(tmp_path, degree):
     findings = lint(tmp_path / "q", tp=degree)
     hits = [f for f in findings if "224 / 32 = 7 groups: TP 1, 7 only" in f.message]
     assert [f.level for f in hits] == {None: ["warning"], 2: ["error"], 7: []}[degree]
+
+
+def test_heads_that_rule_out_degrees(clean):
+    """FIELD 1.6: 25 heads and four ranks; and key-value heads that can be neither divided nor replicated."""
+    said = {tp: [f.message for f in lint(clean, tp=tp) if f.rule == "head-degrees"] for tp in (2, 3, 4, 8)}
+    assert said == {2: [], 3: ["8 heads / 3 is not whole"], 4: [], 8: []}
+
+
+def test_key_value_heads_that_rule_out_degrees(copied):
+    edit(copied, lambda config: config.update(num_attention_heads=12, num_key_value_heads=4))
+    said = {tp: [f.message for f in lint(copied, tp=tp) if f.rule == "head-degrees"] for tp in (2, 4, 6)}
+    assert said[2] == said[4] == [] and "4 key-value heads cannot be divided among 6" in said[6][0]
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
+def test_blocks_that_rule_out_degrees(tmp_path, form):
+    """FIELD 1.6: a rank's part that is smaller than a block."""
+    model = tiny("llama", tmp_path / "m", hidden_size=256, intermediate_size=384, dtype=torch.bfloat16)
+    asked = ["--method", "fp8", "--scheme", "FP8_BLOCK", "--format", form, "--no-verify", "-o", tmp_path / "q"]
+    assert infopt("quantize", model, *asked).code == 0
+    assert not [f for f in lint(tmp_path / "q") if f.rule == "group-degrees"]
+    hits = {f.message for f in lint(tmp_path / "q", tp=2) if f.rule == "group-degrees"}
+    assert "384 / 2 ranks is no whole number of blocks of 128" in hits and not any("256" in hit for hit in hits)
+
+
+def test_static_scales_of_fused_layers(tmp_path):
+    """FIELD 1.9: servers keep one scale for the inputs of q, k and v."""
+    model = tiny("llama", tmp_path / "m", **SIZES)
+    asked = ["--method", "rtn", "--scheme", "W8A8_STATIC", "--dataset", letters(tmp_path), "--num-samples", 2]
+    assert infopt("quantize", model, *asked, "--seqlen", 32, "--no-verify", "-o", tmp_path / "q").code == 0
+    assert not [f for f in lint(tmp_path / "q") if f.rule == "fused-siblings"]
+    weights(lambda t: t[f"{LAYER}.self_attn.k_proj.input_scale"].mul_(2))(tmp_path / "q")
+    (hit,) = [f for f in lint(tmp_path / "q") if f.rule == "fused-siblings"]
+    assert hit.level == "warning" and "scales of their own" in hit.message
+
+
+def test_an_expert_that_was_lost(tmp_path):
+    """FIELD 1.9: transformers fills the gap with random numbers."""
+    folder = tiny("mixtral", tmp_path / "m")
+    assert not [f for f in lint(folder) if f.rule == "missing-layers"]
+    gone = "block_sparse_moe.experts.2."
+    weights(lambda t: [t.pop(name) for name in list(t) if f"layers.1.{gone}" in name])(folder)
+    (hit,) = [f for f in lint(folder) if f.rule == "missing-layers"]
+    assert "model.layers.1.block_sparse_moe.experts has no expert '2'" in hit.message
+
+
+def test_a_large_weight_is_read_only_if_asked(tmp_path):
+    """FIELD 1.3: NaN in a weight; small tensors are always looked at, all of them with --deep."""
+    folder = tiny("llama", tmp_path / "m", vocab_size=5000)
+    put("model.embed_tokens.weight", float("nan"))(folder)
+    assert not [f for f in lint(folder) if f.rule == "not-finite"]
+    assert infopt("lint", folder, "--deep", "--level", "error").code == 7
+    (hit,) = [f for f in lint(folder, deep=True) if f.rule == "not-finite"]
+    assert hit.tensor == "model.embed_tokens.weight"
 
 
 def gptq(folder: Path, **section_keys: object) -> Path:

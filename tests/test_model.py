@@ -231,6 +231,30 @@ def test_a_missing_embedding_is_named(tmp_path: Path) -> None:
         skeleton(tmp_path).load_outer()
 
 
+def test_a_head_that_is_neither_stored_nor_tied_is_named(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(BadInput, match=r"lm_head\.weight"):
+        skeleton(tmp_path, tie_word_embeddings=False).load_outer()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"torch_dtype": "float16", "dtype": "bfloat16"}, {"torch_dtype": 7}, {"dtype": "int8"}], ids=str
+)
+def test_types_that_contradict_the_tensors_decide_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    block, odd = skeleton(tmp_path).load_block(0), skeleton(tmp_path, **changes).load_block(0)
+    pairs = zip(block.parameters(), odd.parameters(), strict=True)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", ["no-such-type", []])
+def test_types_that_do_not_exist_are_refused(kind: Any, tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        skeleton(tmp_path, dtype=kind)
+
+
 def test_a_tensor_of_another_shape_is_named_with_its_file(tmp_path: Path) -> None:
     make("llama", tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(127, 64)}))

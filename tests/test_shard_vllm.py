@@ -90,9 +90,11 @@ def test_static_inputs_share_one_scale(tmp_path):
     model = tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **SIZES)
     quantize = ["--method", "rtn", "--scheme", "W8A8_STATIC", "--dataset", text(tmp_path), "--num-samples", 2]
     assert infopt("quantize", model, *quantize, "--seqlen", 32, "--no-verify", "-o", tmp_path / "q").code == 0
-    assert infopt("shard", tmp_path / "q", "--tp", 2, "--layout", "vllm", "-o", tmp_path / "s").code == 0
+    refused = infopt("shard", tmp_path / "q", "--tp", 2, "--layout", "vllm", "-o", tmp_path / "s")
+    assert refused.code == 4 and "at TP 1 only" in refused.err and not (tmp_path / "s").exists()
+    assert infopt("shard", tmp_path / "q", "--layout", "vllm", "-o", tmp_path / "s").code == 0
     whole = load_file(tmp_path / "q" / "model.safetensors")
-    mine = load_file(tmp_path / "s" / "model-rank-1-part-0.safetensors")
+    mine = load_file(tmp_path / "s" / "model-rank-0-part-0.safetensors")
     for fused, part in (("self_attn.qkv_proj", "self_attn.k_proj"), ("mlp.gate_up_proj", "mlp.up_proj")):
         held = mine[f"model.layers.0.{fused}.input_scale"]
         assert held.shape == (1,) and torch.equal(held, whole[f"model.layers.0.{part}.input_scale"].float())

@@ -1,7 +1,8 @@
 """`infopt lint` on sound checkpoints of other tools: six of them, from a tiny random model, and no finding above `info`.
 
 llm-compressor (rounded, and GPTQ), GPTQModel, ModelOpt, mlx-lm and transformers each write one or two. The first three use
-the environments of `benchmarks/compare_peers.py`, which makes them. A tool that is not there is a line that says so.
+the environments of `benchmarks/compare_peers.py`, which makes them. A tool that is not there is a line that says so. Where a
+tool saves weights alone, the tokenizer and chat template are copied beside them, as its users do.
 
     python benchmarks/interop/clean_checkpoints.py ./smollm2 --results results [--peers .venv-peers] [--venvs .venv-interop]
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +38,11 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, default=Path(".venv-peers"))
     parser.add_argument("--venvs", type=Path, default=Path(".venv-interop"))
     options = parser.parse_args()
+    options.results, options.model = options.results.resolve(), options.model.resolve()
     options.results.mkdir(parents=True, exist_ok=True)
     tiny = options.results / "transformers"
     if not tiny.exists():
-        run([sys.executable, str(PEERS / "tiny_model.py"), str(options.model), str(tiny)])
+        run([sys.executable, str(PEERS / "tiny_model.py"), str(options.model), str(tiny)], options.results)
     ids = options.results / "ids.npy"
     np.save(ids, np.random.default_rng(0).integers(10, 1000, (2, 128)))
     makers = {"transformers": lambda out: None}
@@ -54,7 +57,7 @@ def main() -> int:
         except (RuntimeError, OSError) as error:
             print(f"{name}: not made: {str(error)[-200:]}")
             continue
-        findings = lint(out)
+        findings = lint(completed(out, tiny))
         wrong += bool(findings)
         print(f"{name}: {findings or 'clean'}")
     return wrong
@@ -64,18 +67,30 @@ def peer(venvs: Path, model: Path, ids: Path, out: Path, tool: str, method: str)
     python = venvs.resolve() / tool / "bin" / "python"
     flags = {"--model": model, "--ids": ids, "--method": method, "--samples": 2, "--bits": 4, "--group-size": 64,
              "--dtype": "bfloat16", "--out": out, "--result": out.with_suffix(".json")}  # fmt: skip
-    run([str(python), str(PEERS / f"{tool}_run.py"), *(str(part) for pair in flags.items() for part in pair)])
-
-
-def mlx(venvs: Path, model: Path, out: Path) -> None:
     run(
-        [str(python_of(venvs, "mlx")), "-m", "mlx_lm", "convert", "--hf-path", str(model), "--mlx-path", str(out), "-q"]
+        [str(python), str(PEERS / f"{tool}_run.py"), *(str(part) for pair in flags.items() for part in pair)],
+        out.parent,
     )
 
 
-def run(command: list[str]) -> None:
+def completed(out: Path, model: Path) -> Path:
+    """The checkpoint that a tool left in or under `out`, with a tokenizer."""
+    folder = out / "export" if (out / "export").is_dir() else out
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (folder / name).exists():
+            shutil.copy(model / name, folder / name)
+    return folder
+
+
+def mlx(venvs: Path, model: Path, out: Path) -> None:
+    command = [str(python_of(venvs, "mlx")), "-m", "mlx_lm", "convert", "--hf-path", str(model), "--mlx-path", str(out)]
+    run([*command, "-q"], out.parent)
+
+
+def run(command: list[str], place: Path) -> None:
+    """Run in `place`, where some tools leave logs. RuntimeError with what the tool said."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr).strip())
 

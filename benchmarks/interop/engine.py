@@ -2,6 +2,7 @@
 
 Each runs in an environment of its own, so nothing of infopt can be imported here. A job is `NAME=FOLDER`; its result is
 NAME.npy, log-probabilities fp32 [tokens - 1, vocabulary] of a fixed text, or NAME.error, what the engine said instead.
+NAME.note tells what the caller must do for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-Logits = Callable[[Path, list[int]], np.ndarray]  # a folder and token ids -> logits [tokens, vocabulary]
+Answer = np.ndarray | tuple[np.ndarray, str]  # logits [tokens, vocabulary], and what had to be done to get them
+Logits = Callable[[Path, list[int]], Answer]  # of a folder and token ids
 
 
 def serve(logits: Logits, *packages: str, arguments: list[str] | None = None) -> None:
@@ -30,8 +32,11 @@ def serve(logits: Logits, *packages: str, arguments: list[str] | None = None) ->
     for job in options.jobs:
         name, _, folder = job.partition("=")
         try:
-            values = logits(Path(folder), ids)[: len(ids) - 1]
-            np.save(options.out / f"{name}.npy", log_softmax(values))
+            answer = logits(Path(folder), ids)
+            values, note = answer if isinstance(answer, tuple) else (answer, "")
+            np.save(options.out / f"{name}.npy", log_softmax(values[: len(ids) - 1]))
+            if note:
+                (options.out / f"{name}.note").write_text(note)
             print(f"{name}: done", flush=True)
         except Exception as error:  # noqa: BLE001
             traceback.print_exc()

