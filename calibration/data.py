@@ -180,7 +180,7 @@ def _padded(
 def token_ids(
     what: str, tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False
 ) -> list[list[int]]:
-    """The tokens of each text; with `special` also those that are put around it. BadInput, naming `what`, where there are none."""
+    """The tokens of each text; with `special` also those put around it. BadInput, naming `what`, where there are none."""
     try:
         encoding = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     except UnicodeEncodeError as error:

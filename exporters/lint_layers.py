@@ -195,7 +195,9 @@ def block_degrees(model: Model) -> Iterator[Finding]:
     """A rank's part of a weight with scales for blocks must be whole blocks."""
     block = _block(model)
     told: set[tuple[int, int]] = set()
-    for layer in model.layers.values() if model.tp and block else ():
+    if not model.tp or block is None:
+        return
+    for layer in model.layers.values():
         weight = layer.parts.get("weight")
         if not layer.quantized or weight is None or len(weight.shape) != 2:
             continue
