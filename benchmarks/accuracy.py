@@ -40,6 +40,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "KV fp8": ("--method", "kv-cache", "--kv-cache", "fp8"),
     "KV int8": ("--method", "kv-cache", "--kv-cache", "int8"),
     "KV int4": ("--method", "kv-cache", "--kv-cache", "int4"),
+    "KV int8-token": ("--method", "kv-cache", "--kv-cache", "int8-token"),
+    "KV int4-token": ("--method", "kv-cache", "--kv-cache", "int4-token"),
 }
 
 

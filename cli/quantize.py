@@ -54,7 +54,9 @@ def quantize(
         float | None, typer.Option(help="Mixed precision: average bits of a weight; layers get 3, 4 or 8.")
     ] = None,
     target_size: Annotated[Text, typer.Option(help="Mixed precision: size of the result, such as 3GB.")] = None,
-    kv_cache: Annotated[Text, typer.Option(help="Quantize the key-value cache: fp8, int8 or int4.")] = None,
+    kv_cache: Annotated[
+        Text, typer.Option(help="Quantize the cache: fp8, int8, int4, int8-token or int4-token.")
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[
         Text, typer.Option(help="Groups that do not divide a layer: error, adjust or skip.")

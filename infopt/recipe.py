@@ -165,11 +165,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-#: The words of --kv-cache.
+#: The words of --kv-cache. "-token": a scale for each token and head, found while the model runs.
 CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"type": "float", "bits": 8, "strategy": "tensor", "symmetric": True},
     "int8": {"type": "int", "bits": 8, "strategy": "head", "symmetric": True},
     "int4": {"type": "int", "bits": 4, "strategy": "channel", "symmetric": False},
+    "int8-token": {"type": "int", "bits": 8, "strategy": "token", "symmetric": True},
+    "int4-token": {"type": "int", "bits": 4, "strategy": "token", "symmetric": False},
 }
 
 

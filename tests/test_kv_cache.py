@@ -116,6 +116,19 @@ def test_written_scales_are_what_runs(name: str, method: str, words: Path, tmp_p
     assert ratio == {"fp8": 2, "int8": 2, "int4": 4}[name]
 
 
+@pytest.mark.parametrize(("name", "fewer"), [("int8-token", 16 / (8 + 1)), ("int4-token", 16 / (4 + 1.5))])
+def test_a_scale_for_each_token(name: str, fewer: float, words: Path, tmp_path: Path) -> None:
+    """Found while the model runs, so nothing of it is stored; its bytes, for heads of 16 channels, are counted."""
+    model = tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
+    done = quantize(model, tmp_path / "o", words, "--method", "kv-cache", "--kv-cache", name)
+    assert done.code == 0, done.err
+    assert not any("_scale" in key for key in load_file(tmp_path / "o" / "model.safetensors"))
+    verdict = json.loads((tmp_path / "o" / "verification.json").read_text())
+    assert 0 < verdict["quality"]["kl_mean"] < 0.05
+    cache = verdict["cache"]
+    assert cache["bytes_per_token_bf16"] / cache["bytes_per_token"] == pytest.approx(fewer)
+
+
 def test_transformers_reads_the_fp8_cache(words: Path, tmp_path: Path) -> None:
     """With compressed-tensors, and a cache in use, it gives our logits."""
     model = tiny("llama", tmp_path / "m", dtype=torch.bfloat16)

@@ -194,6 +194,7 @@ def test_gates_hold_for_shards_too(quantized, tmp_path):
     assert infopt("verify", shards, "--reference", model, *asked).code == 7
 
 
+@pytest.mark.slow
 def test_four_ranks_in_two_stages(tmp_path):
     model = tiny("gpt2", tmp_path / "m")
     assert infopt("shard", model, "--tp", 2, "--pp", 2, "-o", tmp_path / "s").code == 0

@@ -111,7 +111,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "q"
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_generate_starts_the_ranks(tp: int, quantized: Path, tmp_path: Path) -> None:
     shards = sharded(quantized, tmp_path / "s", tp)
     asked = ["--prompt", "hello there", "--prompt", "and now something longer", "--max-new-tokens", NEW, "--json"]
