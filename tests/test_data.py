@@ -153,6 +153,7 @@ def test_byte_order_mark_and_crlf_do_not_reach_the_model(tmp_path, tokenizer):
     assert torch.equal(plain, rows)
 
 
+@pytest.mark.slow
 def test_a_large_file_is_read_as_far_as_needed_and_says_so(tmp_path, tokenizer):
     line = "a line of text that is repeated\n"
     path = write(tmp_path, "a.txt", line * (5 * 2**20 // len(line)))

@@ -110,7 +110,7 @@ def test_folds_keep_the_function(llama: Path, words: Path, tmp_path: Path) -> No
     assert changed == set(report["rewritten"])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_killed_run_goes_on(family: str, words: Path, tmp_path: Path) -> None:
     """kill -9 after the first block; the same command then gives the bytes of an undisturbed run.
 

@@ -83,6 +83,7 @@ def test_two_processes_count_what_one_counts(tmp_path: Path) -> None:
                 torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_more_processes_than_windows_is_a_clear_error(tmp_path: Path) -> None:
     flags = (
         "--method",
