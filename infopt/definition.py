@@ -55,6 +55,7 @@ _BUILD_ERRORS = (
     TypeError,
     LookupError,
     AttributeError,
+    AssertionError,  # torch's word for a padding token beyond the embedding
     ArithmeticError,
     RuntimeError,
     StrictDataclassError,
