@@ -21,7 +21,7 @@ from infopt.heads import Attention, put, take
 from infopt.model import BlockCall, Skeleton
 from infopt.recipes.rewrite_plan import RewritePlan
 from infopt.rewriters import gqa
-from infopt.rewriters.heal import Batch, StepCost, block_error, heal, measure
+from infopt.rewriters.heal import Batch, StepCost, block_error, costs, heal
 from infopt.rewriters.options import RewriteOptions
 
 _HELD_OUT = 8  # every so many batches one is not trained on
@@ -227,7 +227,7 @@ class BlockRewrite:
 
         if self.options.checkpointing and self.index == 0:
             batch = next(streams.batches(0, held=False))
-            self.costs = [measure(block, parameters, batch, checkpointing) for checkpointing in (False, True)]
+            self.costs = costs(block, parameters, batch)
         self.changed = untouched | set(parameters)
         done = heal(
             block,

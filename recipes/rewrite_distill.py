@@ -30,7 +30,7 @@ from infopt.errors import BadInput
 from infopt.header import read_header
 from infopt.model import Skeleton
 from infopt.output import write_safetensors
-from infopt.rewriters.heal import BETAS, StepCost, checkpointed, cost, rate, trainable
+from infopt.rewriters.heal import BETAS, StepCost, checkpointed, compared, rate, trainable
 
 _STEP_TOKENS = 1024
 _HELD_OUT = 8
@@ -101,11 +101,11 @@ class Distillation:
 
     def costs(self) -> list[StepCost]:
         """Of one window, without and with checkpointing; nothing is changed."""
-        found = []
-        for again in (False, True):
-            with trainable(self._parameters.values()), self._checkpointed(again):
-                found.append(cost(lambda: self._backward(self._windows(0)[:1], Tensor.backward)))
-        return found
+        with trainable(self._parameters.values()):
+            window_1T = self._windows(0)[:1]
+            return compared(
+                lambda: self._backward(window_1T, Tensor.backward), lambda: self._checkpointed(True), turns=2
+            )
 
     def _checkpointed(self, wanted: bool) -> Any:
         """Each block forgets what it computed, where wanted."""
