@@ -64,6 +64,10 @@ def rewrite(
     verify_dataset: Annotated[
         str | None, typer.Option(help="Text of the comparison; held-out builtin text if absent.")
     ] = None,
+    speed_at: Annotated[
+        int | None,
+        typer.Option(min=1, help="Time the next token after so many, before and after; loads both models whole."),
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: mean KL divergence, nats.")] = None,
     max_ppl_increase: Annotated[float | None, typer.Option(help="Gate: relative increase of perplexity.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: share of equal first choices, 0 to 1.")] = None,
@@ -85,7 +89,7 @@ def rewrite(
         raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
     data = (dataset, num_samples, seqlen, seed)
     comparison = (verify_dataset or "builtin", verify_samples) if verify else None
-    report, verdict = _run(model, output, options, data, (overwrite, resume), comparison, gates)
+    report, verdict = _run(model, output, options, data, (overwrite, resume), comparison, speed_at, gates)
     if as_json:
         json_out(report)
     if verdict:
@@ -99,6 +103,7 @@ def _run(
     data: tuple[str, int, int, int],
     switches: tuple[bool, bool],
     comparison: tuple[str, int] | None,
+    speed_at: int | None,
     gates: dict[str, float | None],
 ) -> tuple[dict[str, Any], Verdict | None]:
     from infopt.calibration.data import DataSpec
@@ -109,6 +114,7 @@ def _run(
     from infopt.memory import release
     from infopt.output import OutputFolder
     from infopt.recipes.rewrite import RewriteRun
+    from infopt.recipes.rewrite_report import speed_report
     from infopt.report import note
 
     source = resolve(model)
@@ -136,6 +142,8 @@ def _run(
             verdict, curves = _verify(run, source, compared, gates)
             measured |= curves
         run.note({"measured": measured})
+        if speed_at is not None:  # a time: not for infopt.json
+            measured["speed"] = speed_report(run, speed_at)
         out.commit()
     _tell(run, measured)
     note(f"wrote {output}; rewritten in {seconds:.1f} s")
@@ -211,6 +219,10 @@ def _tell(run: RewriteRun, measured: dict[str, Any]) -> None:
                 for point in measured[key]
             ]
             table(name, ("state", "tokens a block", "KL", "perplexity", "same first choice"), rows)
+    if speed := measured.get("speed"):
+        note(
+            f"after {speed['context']:,} tokens: {speed['before']:.1f} to {speed['after']:.1f} tokens a second, float32"
+        )
     if "cache" not in measured:
         return
     cache = measured["cache"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from infopt.plot import Chart, svg
 from infopt.recipes.rewrite import RewriteRun
 from infopt.recipes.rewrite_block import CURVE
+from infopt.runtime.bench import latencies
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.quality import compare_each
 
@@ -104,3 +105,13 @@ def cache_report(run: RewriteRun, tokens: int) -> dict[str, Any]:
             "after": plan.cache_bytes(tokens, after=True),
         },
     }
+
+
+def speed_report(run: RewriteRun, tokens: int) -> dict[str, Any]:
+    """Tokens per second of one text after so many tokens (or as many as the model knows), before and after; both models are
+    loaded whole, one after the other, and computed with in float32."""
+    said: dict[str, Any] = {}
+    for name, folder in (("before", run.reader.folder), ("after", run.output.stage)):
+        ((_, context), seconds), *_ = latencies(folder, batches=(1,), contexts=(tokens,)).items()
+        said |= {"context": context, name: 1 / seconds}
+    return said

@@ -151,14 +151,15 @@ def latencies(
     cache: KVCache = "stored",
     batches: Sequence[int] = BATCHES,
     device: torch.device = CPU,
+    contexts: Sequence[int] = CONTEXTS,
 ) -> dict[tuple[int, int], float]:
-    """Seconds of a decode step by (texts at once, tokens before), for the contexts that the model knows. The texts are zeros
-    in the cache: they take as long to read as any."""
+    """Seconds of a decode step by (texts at once, tokens before), for those contexts that the model knows (for its longest, if
+    none). The texts are zeros in the cache: they take as long to read as any."""
     engine = Engine(folder, precision, cache, device=device)
-    longest = (engine.positions or 2 * CONTEXTS[-1]) - _STEPS
+    longest = (engine.positions or 2 * max(contexts)) - _STEPS
     found = {}
     for batch in batches:
-        for context in [context for context in CONTEXTS if context <= longest] or [max(1, longest)]:
+        for context in [context for context in contexts if context <= longest] or [max(1, longest)]:
             pages = engine.cache(context + _STEPS, batch)
             places = [_place(pages.admit(context + _STEPS)) for _ in range(batch)]
             next_B1, steps = torch.zeros(batch, 1, dtype=torch.int64), []

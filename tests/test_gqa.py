@@ -243,11 +243,12 @@ def test_healing_and_fitting_lower_the_distance(llama: Path, words: Path, tmp_pa
     distances = {}
     for name, flags in {
         "first": ("--merge", "first", "--no-refit", "--no-heal"),
-        "fitted": ("--no-heal",),
+        "fitted": ("--no-heal", "--speed-at", 40),
         "healed": ("--steps", 24, "--lr", 1e-3),
     }.items():
         done = rewrite(llama, tmp_path / name, words, "--kv-heads", 1, "--num-samples", 90, *flags)
         assert done.code == 0, done.err
+        assert ("after 40 tokens:" in done.err) == (name == "fitted")
         distances[name] = json.loads((tmp_path / name / "verification.json").read_text())["quality"]["kl_mean"]
     assert distances["healed"] < distances["fitted"] < distances["first"]
     points = json.loads((tmp_path / "healed" / "infopt.json").read_text())["measured"]["healing"]
