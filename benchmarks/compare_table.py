@@ -11,6 +11,8 @@ COLUMNS = (
     "method",
     "samples",
     "perplexity",
+    "mean KL",
+    "same first choice",
     "quantizing, wall s (x infopt)",
     "quantizing, CPU s",
     "whole process, wall / CPU s",
@@ -45,10 +47,12 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     process = row.get("process")
     load = f"{process['load_before']:.1f} / {process['load_after']:.1f}" if process else "-"
     if row["status"] != "done":
-        return [*head, row["status"], "-", "-", _whole(process), "-", "-", load]
+        return [*head, row["status"], "-", "-", "-", "-", _whole(process), "-", "-", load]
     return [
         *head,
         f"{row['perplexity']:.2f}",
+        f"{row['kl_mean']:.4f}" if "kl_mean" in row else "-",
+        f"{row['top1']:.1%}" if "top1" in row else "-",
         _with_ratio(row, rows),
         _number(row.get("quantize_cpu_s")),
         _whole(process),

@@ -1,4 +1,5 @@
-"""One evaluator for every tool's output: WikiText-2 style perplexity in transformers, float32, on CPU.
+"""One evaluator for every tool's output: WikiText-2 style perplexity in transformers, float32, on CPU, and how far the
+predictions are from the original model's: mean KL divergence and the share of equal first choices.
 
 Protocol: the whole text, tokenised once without special tokens by the original model's tokenizer, non-overlapping
 windows, the first N of them, each window's first token not predicted. Three kinds of output are read:
@@ -30,9 +31,13 @@ def main() -> None:
     ids_NT = eval_windows(options)
     with torch.no_grad():
         model = load(options.model, options.original)
-        losses = [window_loss(model, ids_T) for ids_T in ids_NT]
+        original = AutoModelForCausalLM.from_pretrained(options.original, dtype=torch.float32).eval()
+        rows = [window_row(model, original, ids_T) for ids_T in ids_NT]
+    losses, kls, same = zip(*rows, strict=True)
     answer = {
         "perplexity": math.exp(sum(losses) / len(losses)),
+        "kl_mean": sum(kls) / len(kls),
+        "top1": sum(same) / len(same),
         "windows": len(losses),
         "seqlen": options.seqlen,
         "window_losses": losses,
@@ -51,10 +56,14 @@ def eval_windows(options: argparse.Namespace) -> torch.Tensor:
     return torch.tensor(ids[: options.windows * options.seqlen]).view(options.windows, options.seqlen)
 
 
-def window_loss(model: torch.nn.Module, ids_T: torch.Tensor) -> float:
-    """Mean negative log likelihood of the tokens 1.. of a window, in nats."""
-    logits_TV = model(ids_T[None], use_cache=False).logits[0, :-1].float()
-    return torch.nn.functional.cross_entropy(logits_TV, ids_T[1:]).item()
+def window_row(model: torch.nn.Module, original: torch.nn.Module, ids_T: torch.Tensor) -> tuple[float, float, float]:
+    """Of the tokens 1.. of a window: mean negative log likelihood and KL divergence in nats, share of equal first choices."""
+    log_q_TV, log_p_TV = (
+        m(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (model, original)
+    )
+    loss = torch.nn.functional.nll_loss(log_q_TV, ids_T[1:]).item()
+    kl = torch.nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True).item()
+    return loss, kl, (log_q_TV.argmax(-1) == log_p_TV.argmax(-1)).float().mean().item()
 
 
 def load(folder: Path, original: Path) -> torch.nn.Module:
@@ -121,9 +130,9 @@ def decode_gptq(folder: Path, quantization: dict) -> dict[str, torch.Tensor]:
 
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [R, C] holding 32/bits codes each, lowest bits first -> int32 [R, C * 32 / bits]"""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    """int32 [R, C], a stream of codes with the lowest bits first (3-bit codes cross words) -> int32 [R, C * 32 / bits]"""
+    stream = ((packed[..., None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten(-2)
+    return (stream.unflatten(-1, (-1, bits)) << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
 if __name__ == "__main__":
