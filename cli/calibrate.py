@@ -12,7 +12,6 @@ from infopt.errors import Unsupported, UsageError
 
 if TYPE_CHECKING:
     from infopt.recipe import CalibrationData
-    from infopt.recipes.marks import BlockReport
 
 Text = str | None
 
@@ -104,7 +103,7 @@ def _run(
     from infopt.output import OutputFolder
     from infopt.recipes.calibrate import Calibration
     from infopt.recipes.rotation import rotated, tell
-    from infopt.report import note
+    from infopt.report import BlockLines, note
     from infopt.team import Team
 
     team = Team.from_environment()
@@ -129,7 +128,7 @@ def _run(
             note(line)
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         run = Calibration(reader, about, out, windows_NT, team)
-        run(resume, _Progress(len(run.skeleton.blocks)) if team.writes else lambda report, resumed: None)
+        run(resume, BlockLines(len(run.skeleton.blocks)) if team.writes else lambda report, resumed: None)
         if not team.writes:
             team.wait()
             out.discard()
@@ -140,23 +139,3 @@ def _run(
     note(f"wrote {output} in {time.monotonic() - began:.1f} s: {size / 1e6:.1f} MB, {', '.join(holds)}"
          f"{', keys and values' if cache else ''}; fingerprint {about.fingerprint()[:16]}")  # fmt: skip
     return about.to_json()
-
-
-class _Progress:
-    """One line per block, with the time left."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks, self.began, self.fresh = blocks, time.monotonic(), 0
-
-    def __call__(self, report: BlockReport, resumed: bool) -> None:
-        from infopt.report import note
-
-        done = report.index + 1
-        if resumed:
-            note(f"block {done}/{self.blocks}  done by an earlier run")
-            return
-        self.fresh += 1
-        left = (time.monotonic() - self.began) / self.fresh * (self.blocks - done)
-        note(f"block {done}/{self.blocks}  {left:.0f} s left")
-        for line in report.notes:
-            note(f"  note: {line}")

@@ -216,6 +216,7 @@ def _run(
     from infopt.recipes.compose import note_lineage, rewrite_first, rewrite_options
     from infopt.recipes.rotation import tell
     from infopt.recipes.run import Run, needs_data
+    from infopt.report import BlockLines
     from infopt.team import Team
 
     team = Team.from_environment()
@@ -258,7 +259,7 @@ def _run(
         first = None
         if rewriting and not dry_run:
             _note("rewriting first")
-            shown = _Progress(reader.config.get("num_hidden_layers") or 0)
+            shown = BlockLines(reader.config.get("num_hidden_layers") or 0, _said)
             first = rewrite_first(reader, rewriting, out, windows, data_report, compared, resume, shown)
             reader = CheckpointReader(first.folder)
         run = Run(reader, recipe, steps, out, windows, data_report, form, team=team, recorded=recorded)
@@ -275,7 +276,7 @@ def _run(
             out.discard()
             return {}
         _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
-        run(resume, _Progress(run.blocks))
+        run(resume, BlockLines(run.blocks, _said))
         quantized = time.monotonic()
         lineage = note_lineage(out.stage, first, recipe, compared) if first else {}
         verdict = None
@@ -357,25 +358,11 @@ def _plan_report(run: Run) -> dict[str, Any]:
     }
 
 
-class _Progress:
-    """One line per block: worst error of its layers, bits per weight, time left."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks, self.began, self.fresh = blocks, time.monotonic(), 0
-
-    def __call__(self, report: BlockReport, resumed: bool) -> None:
-        done = report.index + 1
-        line = f"block {done}/{self.blocks}"
-        if resumed:
-            _note(f"{line}  done by an earlier run")
-        else:
-            self.fresh += 1
-            left = (time.monotonic() - self.began) / self.fresh * (self.blocks - done)
-            error = report.error()
-            shown = f"  worst relative error {error:.2e}" if error is not None else ""
-            _note(f"{line}{shown}  {len(report.layers)} layers  {left:.0f} s left")
-        for note in report.notes:
-            _note(f"  note: {note}")
+def _said(report: BlockReport) -> str:
+    """The worst error of a block's layers, and how many they are."""
+    error = report.error()
+    shown = f"  worst relative error {error:.2e}" if error is not None else ""
+    return f"{shown}  {len(report.layers)} layers"
 
 
 def _note(text: str) -> None:

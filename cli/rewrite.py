@@ -115,7 +115,7 @@ def _run(
     from infopt.output import OutputFolder
     from infopt.recipes.rewrite import RewriteRun
     from infopt.recipes.rewrite_report import speed_report
-    from infopt.report import note
+    from infopt.report import BlockLines, note
 
     source = resolve(model)
     reader = CheckpointReader(source)
@@ -135,7 +135,7 @@ def _run(
     with OutputFolder(output, overwrite=switches[0], source=source) as out:
         run = RewriteRun(reader, options, out, windows, data_report)
         _tell_plan(run)
-        run(switches[1], _Progress(run.blocks), _tell_step(options.heal_steps))
+        run(switches[1], BlockLines(run.blocks, _said), _tell_step(options.heal_steps))
         seconds = time.monotonic() - began
         verdict, measured = None, _cache(run) if options.attention else {}
         if compared is not None:
@@ -260,25 +260,9 @@ def _tell_step(steps: int) -> Callable[[int, float], None]:
     return tell
 
 
-class _Progress:
-    """One line per block: the error of its answers, merged, refitted and healed; time left."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks, self.began, self.fresh = blocks, time.monotonic(), 0
-
-    def __call__(self, report: BlockReport, resumed: bool) -> None:
-        from infopt.report import note
-
-        done = report.index + 1
-        if resumed:
-            note(f"block {done}/{self.blocks}  done by an earlier run")
-            return
-        self.fresh += 1
-        left = (time.monotonic() - self.began) / self.fresh * (self.blocks - done)
-        said = next(iter(report.layers.values()))
-        errors = [f"{name} {said[name]:.2e}" for name in ("merged", "refitted") if name in said]
-        errors += [f"healed {said['healed']['after']:.2e}"] if "healed" in said else []
-        shown = f"  error {', '.join(errors)}" if errors else ""
-        note(f"block {done}/{self.blocks}{shown}  {left:.0f} s left")
-        for line in report.notes:
-            note(f"  note: {line}")
+def _said(report: BlockReport) -> str:
+    """The error of a block's answers: merged, refitted and healed."""
+    said = next(iter(report.layers.values()))
+    errors = [f"{name} {said[name]:.2e}" for name in ("merged", "refitted") if name in said]
+    errors += [f"healed {said['healed']['after']:.2e}"] if "healed" in said else []
+    return f"  error {', '.join(errors)}" if errors else ""

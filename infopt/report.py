@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -138,3 +139,23 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class BlockLines:
+    """Called with the report of each finished block of `count`, and whether an earlier run finished it: one line, with what
+    `said` tells of it and the time left, and one for each of its notes."""
+
+    def __init__(self, count: int, said: Callable[[Any], str] = lambda _: "") -> None:
+        self.count, self.said = count, said
+        self.began, self.fresh = time.monotonic(), 0
+
+    def __call__(self, report: Any, resumed: bool) -> None:
+        done = report.index + 1
+        if resumed:
+            note(f"block {done}/{self.count}  done by an earlier run")
+        else:
+            self.fresh += 1
+            left = (time.monotonic() - self.began) / self.fresh * (self.count - done)
+            note(f"block {done}/{self.count}{self.said(report)}  {left:.0f} s left")
+        for line in report.notes:
+            note(f"  note: {line}")

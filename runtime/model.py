@@ -99,7 +99,7 @@ class RuntimeModel:
             self._originals[i][op_name] = original
             bias = getattr(original, "bias", None)
             if isinstance(self.reader, QuantizedReader):  # it is, or there would be no such ops
-                _put(block, op_name, QuantLinear(self.reader.qtensor(key).to(self.device), bias, self.precision))
+                put(block, op_name, QuantLinear(self.reader.qtensor(key).to(self.device), bias, self.precision))
         return block
 
     def codes_of(self, i: int) -> Callable[[str], QTensor | None]:
@@ -117,14 +117,14 @@ class RuntimeModel:
 
     def replace_block(self, i: int, module: nn.Module) -> None:
         """Another module in block i's place, for good."""
-        _put(self.skeleton.model, self.skeleton.blocks[i], module)
+        put(self.skeleton.model, self.skeleton.blocks[i], module)
         self._originals.pop(i, None)
         release()
 
     def free_block(self, i: int) -> None:
         block = self.skeleton.model.get_submodule(self.skeleton.blocks[i])
         for op_name, original in self._originals.pop(i, {}).items():
-            _put(block, op_name, original)
+            put(block, op_name, original)
         self.skeleton.free_block(i)
         release()
 
@@ -183,7 +183,7 @@ class RuntimeModel:
         self.check_windows(windows_NT)
         self.load_outer()
         parts = []
-        for some in _steps(windows_NT):
+        for some in steps(windows_NT):
             self.skeleton.calls(*windows_NT[some].shape)  # captured here, where the outer parts are in memory
             parts.append(self.skeleton.embed(windows_NT[some].to(self.device)))
         self.free_outer()
@@ -193,7 +193,7 @@ class RuntimeModel:
     def advance(self, i: int, hidden_NTC: Tensor) -> None:
         """Run block i over all windows, in place. The block is in memory only for the time of this call."""
         block, cache = self.load_block(i), self._rounding_cache(i)
-        for some in _steps(hidden_NTC):
+        for some in steps(hidden_NTC):
             call = self.skeleton.calls(*hidden_NTC[some].shape[:2])[i]
             call = with_cache(call, block, cache) if cache else call
             hidden_NTC[some] = call.run(block, hidden_NTC[some])
@@ -251,13 +251,13 @@ class _View:
         return tensor
 
 
-def _steps(windows: Tensor) -> Iterator[slice]:
+def steps(windows: Tensor) -> Iterator[slice]:
     """Slices of the windows [N, T, ...] so that one step has about 512 tokens."""
     count, length = windows.shape[:2]
     batch = max(1, _TOKENS_PER_STEP // length)
     return (slice(start, start + batch) for start in range(0, count, batch))
 
 
-def _put(block: nn.Module, path: str, module: nn.Module) -> None:
+def put(block: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent) if parent else block, name, module)

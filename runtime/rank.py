@@ -19,7 +19,7 @@ Legend: N windows, T tokens, C hidden width, I input columns, O output channels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from infopt.kv_cache import CacheGrid, CacheScales
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.runtime.linear import QuantLinear
-from infopt.runtime.model import stored_scales
+from infopt.runtime.model import put, steps, stored_scales
 from infopt.shards import OpCut, Pieces, ShardSet, rank_folder, read_shards
 
 Reduce = Callable[[Tensor], None]
@@ -189,7 +189,7 @@ class RankModel:
     def embed(self, windows_NT: Tensor) -> Tensor:
         """hidden_NTC that enters block 0; the first stage only."""
         with self.skeleton.outer_loaded():
-            parts = [self.skeleton.embed(windows_NT[some]) for some in _steps(windows_NT)]
+            parts = [self.skeleton.embed(windows_NT[some]) for some in steps(windows_NT)]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -197,11 +197,11 @@ class RankModel:
         """Run this stage's blocks over all windows, one block in memory at a time; the argument is overwritten."""
         for i in self.blocks:
             block, originals = self._load_block(i)
-            for some in _steps(hidden_NTC):
+            for some in steps(hidden_NTC):
                 call = self.skeleton.calls(*hidden_NTC[some].shape[:2])[i]
                 hidden_NTC[some] = call.run(block, hidden_NTC[some])
             for path, module in originals.items():
-                _put(block, path, module)
+                put(block, path, module)
             self.skeleton.free_block(i)
             release()
         return hidden_NTC
@@ -210,14 +210,14 @@ class RankModel:
     def logits(self, hidden_NTC: Tensor) -> Tensor:
         """logits_NTV, fp32, of some last hidden states; the last stage only."""
         with self.skeleton.outer_loaded():
-            return torch.cat([self.skeleton.logits(hidden_NTC[some]).float() for some in _steps(hidden_NTC)])
+            return torch.cat([self.skeleton.logits(hidden_NTC[some]).float() for some in steps(hidden_NTC)])
 
     def _load_block(self, i: int) -> tuple[nn.Module, dict[str, nn.Module]]:
         """(the block with its parts in place, the modules that they replace by their paths)."""
         block = self.skeleton.load_block(i)
         originals = {path: block.get_submodule(path) for path in self._ops(i)}
         for path, key in self._ops(i).items():
-            _put(block, path, self._part(key, originals[path]))
+            put(block, path, self._part(key, originals[path]))
         return block, originals
 
     def _ops(self, i: int) -> dict[str, str]:
@@ -320,15 +320,3 @@ class _View:
 
 def _wrong(folder: Path, why: str) -> BadInput:
     return BadInput(f"{folder} does not fit its shards.json", f"{why[0].upper()}{why[1:]}.", "Cut the model again.")
-
-
-def _steps(windows: Tensor) -> Iterator[slice]:
-    """Slices of the windows [N, T, ...] so that one step has about 512 tokens."""
-    count, length = windows.shape[:2]
-    batch = max(1, _TOKENS_PER_STEP // length)
-    return (slice(start, start + batch) for start in range(0, count, batch))
-
-
-def _put(block: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(block.get_submodule(parent) if parent else block, name, module)
