@@ -88,6 +88,29 @@ def test_feedback() -> None:
     assert torch.equal(feed_CC, feed_CC.triu())
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_pass_of_descent_is_its_definition(act_order: bool) -> None:
+    """Each column in turn: of all codes those with the least error of the whole row; and no pass makes it larger."""
+    w_OI, x_TC = layer(rows=6, columns=64)
+    h_CC, grid = x_TC.T @ x_TC, Grid(3, 32, False)
+    damped = h_CC + 0.05 * h_CC.diagonal().mean() * torch.eye(64)
+    order = h_CC.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(64)
+    q, _ = gptq.solve(w_OI, h_CC, grid, 0.05, act_order)
+    codes, scale, zero = (part.double() for part in (q.codes, q.scale, q.zero))
+    errors = []
+    for passes in range(3):
+        found = gptq.solve(w_OI, h_CC, grid, 0.05, act_order, passes)[0]
+        assert (found.codes != codes).double().mean() < 0.01  # where two codes are equally good
+        errors.append(awq.output_error(found.dequantize() - w_OI, damped))
+        for j in order.tolist():
+            tried = codes.repeat(8, 1, 1)
+            tried[:, :, j] = torch.arange(8)[:, None]
+            d = (tried - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1) - w_OI
+            best_O = torch.einsum("noi,ij,noj->no", d, damped.double(), d).argmin(0)
+            codes[:, j] = best_O.double()
+    assert errors[0] > errors[1] >= errors[2]
+
+
 def test_singular_hessian_raises_damping() -> None:
     w_OI, x_TC = layer(tokens=3)
     q, damp = gptq.solve(w_OI, x_TC.T @ x_TC, Grid(4, 32), damp=0.0)
@@ -107,7 +130,7 @@ def test_awkward_weights_get_finite_scales(grid: Grid, kind: str) -> None:
     }[kind]
     for q in (
         round_nearest(w_OI, grid, *choose_range(w_OI, grid)),
-        gptq.solve(w_OI, x_TC.T @ x_TC, grid)[0],
+        gptq.solve(w_OI, x_TC.T @ x_TC, grid, passes=1)[0],
     ):
         assert bool(torch.isfinite(q.scale).all()) and bool((q.scale > 0).all())
         assert bool(torch.isfinite(q.dequantize()).all())
