@@ -206,7 +206,7 @@ class GPTQ:
 
         def some(rows_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
             q, damp = solve(rows_OI, h_CC, grid, self.damp, self.act_order, self.passes)
-            return q.codes, q.scale.float(), q.zero, torch.full((len(rows_OI),), damp)
+            return q.codes, q.scale.float(), q.zero, torch.full((len(rows_OI),), damp, dtype=torch.float64)
 
         codes, scale, zero, damp = work.team.by_rows(w_OI, some)
         return QTensor(codes, scale.to(grid.scale_dtype), zero, grid), float(damp[0])
