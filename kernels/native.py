@@ -99,8 +99,7 @@ def build(folder: Path, source: Path = _SOURCE, flags: tuple[str, ...] = ()) -> 
     functions.infopt_target.restype = ctypes.c_char_p
     functions.infopt_linear.argtypes = _types("pointer pointer long pointer")
     functions.infopt_blocks.argtypes = _types("pointer int pointer pointer int pointer pointer pointer")
-    functions.infopt_rescore.argtypes = _types("pointer int int pointer pointer int int long pointer")
-    functions.infopt_rescore.restype = None
+    functions.infopt_rescore.argtypes = _types("pointer int int pointer int int int pointer")
     return Native(functions, functions.infopt_target().decode(), library.compiler)
 
 
@@ -151,14 +150,15 @@ class PackedWeight:
         return y_TO
 
 
-def rescore(library: Native, weight_VC: Tensor, x_TC: Tensor, ids_TK: Tensor, logits_TV: Tensor) -> None:
-    """Put the exact logits of some tokens in the place of rough ones. weight_VC: bf16, fp16 or fp32."""
-    if not all(part.is_contiguous() for part in (weight_VC, x_TC, ids_TK, logits_TV)):
+def rescore(library: Native, weight_VC: Tensor, x_TC: Tensor, count: int, logits_TV: Tensor) -> None:
+    """Put the exact logits in the place of each token's `count` largest rough ones, and of the few more that are not below the
+    least of as many spans' largest. weight_VC: bf16, fp16 or fp32; more rows than `count`."""
+    if not all(part.is_contiguous() for part in (weight_VC, x_TC, logits_TV)):
         raise ValueError("a tensor that is not contiguous")
-    kind, columns = _HALVES.index(weight_VC.dtype), weight_VC.shape[1]
-    pointers = weight_VC.data_ptr(), x_TC.data_ptr(), ids_TK.data_ptr(), logits_TV.data_ptr()
-    shape = *ids_TK.shape, logits_TV.shape[1]
-    library("infopt_rescore", pointers[0], kind, columns, *pointers[1:3], *shape, pointers[3])
+    kind, shape = _HALVES.index(weight_VC.dtype), (len(x_TC), count, len(weight_VC))
+    library(
+        "infopt_rescore", weight_VC.data_ptr(), kind, weight_VC.shape[1], x_TC.data_ptr(), *shape, logits_TV.data_ptr()
+    )
 
 
 def _padded(x_OI: Tensor) -> Tensor:

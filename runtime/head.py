@@ -2,9 +2,9 @@
 
 For a small model the head is the largest matrix, and reading it is most of the time of a token. What matters of its
 answer is the top. So `packed` computes all logits with 8-bit weights (a scale per token of the vocabulary) and rounded
-activations, takes the `CANDIDATES` largest, and computes those again from the stored weight in fp32. The most likely token,
-and a draw among so many or fewer, is that of the stored head. For a draw from all tokens (`fine`) what the activations lost
-is multiplied too, in a second pass.
+activations, takes the `CANDIDATES` largest (our own kernel also the few that lie between), and computes those again from the
+stored weight in fp32. The most likely token, and a draw among so many or fewer, is that of the stored head. For a draw from
+all tokens (`fine`) what the activations lost is multiplied too, in a second pass.
 
 The activations have 8 bits and a scale for 32 columns in our own kernel (`kernels/native.py`), and 7 bits and a scale per row
 in torch's dynamic one, which stands in where there is no compiler: of SmolLM2's distribution the KL divergence is then 2e-3
@@ -55,8 +55,7 @@ class PackedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_TC = x.reshape(-1, x.shape[-1]).float()
         logits_TV = self._rough(x_TC, self.fine)
-        ids_TK = logits_TV.topk(CANDIDATES, sorted=False).indices
-        self._rough.rescore(self.weight_VC, x_TC, ids_TK, logits_TV)
+        self._rough.rescore(self.weight_VC, x_TC, logits_TV)
         if self.bias_V is not None:
             logits_TV += self.bias_V
         return logits_TV.view(*x.shape[:-1], -1)
@@ -80,8 +79,8 @@ class Ours:
         logits_TV = self._weight.multiply(x_TC)
         return logits_TV.add_(self._weight.multiply(x_TC - ROUNDED.round(x_TC))) if fine else logits_TV
 
-    def rescore(self, weight_VC: Tensor, x_TC: Tensor, ids_TK: Tensor, logits_TV: Tensor) -> None:
-        rescore(self._weight.library, weight_VC, x_TC.contiguous(), ids_TK, logits_TV)
+    def rescore(self, weight_VC: Tensor, x_TC: Tensor, logits_TV: Tensor) -> None:
+        rescore(self._weight.library, weight_VC, x_TC.contiguous(), CANDIDATES, logits_TV)
 
 
 class Torchs:
@@ -116,7 +115,8 @@ class Torchs:
             logits_TV += torch.ops.quantized.linear_dynamic(lost_TC, self._packed, True) * (self._scale / 2)
         return logits_TV.mul_(largest_T1)
 
-    def rescore(self, weight_VC: Tensor, x_TC: Tensor, ids_TK: Tensor, logits_TV: Tensor) -> None:
+    def rescore(self, weight_VC: Tensor, x_TC: Tensor, logits_TV: Tensor) -> None:
+        ids_TK = logits_TV.topk(CANDIDATES, sorted=False).indices
         for ids_K, logits_V, x_C in zip(ids_TK.split(1), logits_TV.split(1), x_TC, strict=True):
             weight_KC = weight_VC.index_select(0, ids_K[0])  # several times faster than indexing
             logits_V.scatter_(1, ids_K, (weight_KC.float() @ x_C)[None])

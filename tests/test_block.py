@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from infopt.checkpoint import CheckpointReader
 from infopt.kernels.cpu import prepare
+from infopt.kernels.native import native, rescore
 from infopt.model import Skeleton
 from infopt.runtime.block import PROOF_TOKENS, FusedBlock, join, proven, rms_norm, try_fuse
 from infopt.runtime.engine import Engine
@@ -103,6 +104,28 @@ def test_layers_side_by_side_are_the_layers(precision: str) -> None:
     apart = join(block, ["a", "b"], mixed.get, precision)
     torch.testing.assert_close(apart(x_TI), wanted, rtol=1e-5, atol=1e-4)
     assert len(apart.kernels) == 2
+
+
+@pytest.mark.parametrize("vocabulary", [CANDIDATES, CANDIDATES + 1, 1000, 9 * 8 * CANDIDATES + 5])
+def test_the_largest_logits_are_computed_again(vocabulary: int) -> None:
+    """The candidates and few others, in spans of one and of several; none where a token's logits are no numbers."""
+    library = native()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    weight_VC, x_TC = torch.randn(vocabulary, 32), torch.randn(3, 32)
+    exact_TV = x_TC @ weight_VC.T
+    rough_TV = exact_TV + 0.1 + 0.1 * torch.rand(3, vocabulary)  # never the same
+    rough_TV[1] = torch.nan
+    got_TV = rough_TV.clone()
+    rescore(library, weight_VC, x_TC, CANDIDATES, got_TV)
+    for token in (0, 2):
+        changed_V = got_TV[token] != rough_TV[token]
+        assert changed_V[rough_TV[token].topk(CANDIDATES).indices].all() and changed_V.sum() <= 1.2 * CANDIDATES
+        torch.testing.assert_close(got_TV[token, changed_V], exact_TV[token, changed_V])
+    assert got_TV[1].isnan().all()
+    rough_TV[0] = 1.0  # all as large as each other
+    rescore(library, weight_VC, x_TC, CANDIDATES, rough_TV)
+    torch.testing.assert_close(rough_TV[0], exact_TV[0])
 
 
 @pytest.mark.parametrize(("compiled", "gain"), [(True, 0.5), (False, 0.3)])

@@ -194,12 +194,17 @@ def test_a_texts_bits_do_not_depend_on_pieces_or_company(family: str, words: Pat
 # Faults: one line is changed, the library is compiled anew, and the comparison that passes above must fail
 
 FAULTS = {
-    "a scale of another group": ("linear.h", "first[i] + size_t(g) * ROWS", "first[i] + size_t(groups - 1 - g) * ROWS"),
-    "no zero point": ("linear.h", "- zero[n / N] * x_sum[at]", ""),
-    "nibbles exchanged": ("linear.h", "one = half ? one >> 4 : one & 15,", "one = half ? one & 15 : one >> 4,"),
+    "a scale of another group": ("linear.h", "place += ROWS;", ""),
+    "no zero point": ("linear.h", "- zero[n / N] * x_sum[n % N]", ""),
+    "nibbles exchanged": ("linear.h", "a = half ? a >> 4 : a & 15,", "a = half ? a & 15 : a >> 4,"),
     "a register too few": ("linear.h", "for (int r = 0; r < BITS; ++r,", "for (int r = 0; r < BITS - 1; ++r,"),
     "not to the nearest": ("linear.h", "/ scale + 0x1.8p23f", "/ scale - 0.5f + 0x1.8p23f"),
-    "another token's scale": ("linear.h", "n % N * blocks + b", "b"),
+    "another token's scale": ("linear.h", "x_scale[n % N]", "x_scale[0]"),
+    "another bunch of tokens": (
+        "linear.h",
+        "size_t bunch = size_t(token / TOKENS) * blocks * TOKENS",
+        "size_t bunch = 0",
+    ),
     "the bias of another tile": ("linear.h", "(n < N ? t : other) * ROWS", "t * ROWS"),
     "half of the angles": ("block.cpp", "x[high] = b * cosine[high] + a * sine[high];", "x[high] = b * cosine[high];"),
     "a position too few": ("block.cpp", "seen_to = int(high - low);", "seen_to = int(high - low) - 1;"),

@@ -7,7 +7,9 @@
 
 #include "linear.h"
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 
 extern "C" {
 
@@ -95,6 +97,14 @@ inline float most_of(Floats x) {
     float most = x[0];
     for (int i = 1; i < 8; ++i) most = x[i] > most ? x[i] : most;
     return most;
+}
+
+inline float most_of(const float* x, int count) {  // not those that are no numbers
+    Floats most = Floats{} - INFINITY;
+    int i = 0;
+    for (; i + 8 <= count; i += 8) most = load<Floats>(x + i) > most ? load<Floats>(x + i) : most;
+    for (; i < count; ++i) most[0] = x[i] > most[0] ? x[i] : most[0];
+    return most_of(most);
 }
 
 // N vectors of the weighted sum of values; rows: the first of each eight
@@ -254,7 +264,7 @@ extern "C" {
 
 // y [tokens, rows] of x [tokens, columns], fp32. 0, or 1 where there is no memory.
 int32_t infopt_linear(const Linear* w, const float* x, int64_t tokens, float* y) {
-    const size_t blocks = w->columns / BLOCK, all = size_t(tokens) * blocks;
+    const size_t blocks = w->columns / BLOCK, all = bunched(tokens) * blocks;
     Memory memory(all * (BLOCK + 8) + 256);
     if (!memory.held) return 1;
     const Rounded rounded{memory.take<int8_t>(all * BLOCK), memory.take<float>(all), memory.take<float>(all)};
@@ -266,17 +276,44 @@ int32_t infopt_linear(const Linear* w, const float* x, int64_t tokens, float* y)
     return 0;
 }
 
-// logits [tokens, vocabulary]: those of ids [tokens, count] again, from the weight [vocabulary, columns] as it is stored.
-void infopt_rescore(const void* weight, int32_t type, int32_t columns, const float* x, const int64_t* ids, int32_t tokens,
-                    int32_t count, int64_t vocabulary, float* logits) {
+// logits [tokens, vocabulary]: the largest ones again, from the weight [vocabulary, columns] as it is stored. The vocabulary is
+// cut into spans, eight times as many as `count`; of their largest logits the count-th bounds the count largest of all from below,
+// and what is not below it is computed: these and few more.
+int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const float* x, int32_t tokens, int32_t count,
+                       int32_t vocabulary, float* logits) {
+    const int span = vocabulary / (8 * count) > 1 ? vocabulary / (8 * count) : 1, spans = (vocabulary + span - 1) / span;
+    Memory memory(size_t(tokens) * (2 * spans + 1) * sizeof(float) + 256);
+    if (!memory.held) return 1;
+    float* const most = memory.take<float>(size_t(tokens) * spans);
+    float* const sorted = memory.take<float>(size_t(tokens) * spans);
+    float* const least = memory.take<float>(tokens);
     parallel([&](const Team& team) {
-        team.share(tokens * count, [&](int i) {
-            const float* x_of = x + size_t(i / count) * columns;
-            Floats total = {};
-            for (int c = 0; c < columns; c += 8) total += load<Floats>(x_of + c) * widen(weight, type, ids[i] * columns + c);
-            logits[i / count * vocabulary + ids[i]] = sum(total);
+        const auto each = [&](auto&& act) {  // span of each token: which, its logits, how many, and which is the first
+            team.share(tokens * spans, [&](int i) {
+                const int from = i % spans * span, left = vocabulary - from;
+                act(i, logits + size_t(i / spans) * vocabulary + from, left < span ? left : span, from);
+            });
+        };
+        each([&](int i, const float* y, int size, int) { sorted[i] = most[i] = most_of(y, size); });
+        BARRIER
+        team.share(tokens, [&](int t) {
+            float *const first = sorted + size_t(t) * spans, *const last = first + count - 1;
+            std::nth_element(first, last, first + spans, std::greater<float>());
+            least[t] = *last;
+        });
+        BARRIER
+        each([&](int i, float* y, int size, int from) {
+            const float* x_of = x + size_t(i / spans) * columns;
+            for (int j = 0; most[i] >= least[i / spans] && j < size; ++j) {
+                if (!(y[j] >= least[i / spans])) continue;
+                Floats total = {};
+                for (int c = 0; c < columns; c += 8)
+                    total += load<Floats>(x_of + c) * widen(weight, type, size_t(from + j) * columns + c);
+                y[j] = sum(total);
+            }
         });
     });
+    return 0;
 }
 
 // hidden [count, channels] after these blocks; pages: of each block; texts [kinds][count]; cosine, sine [count, width].
@@ -293,7 +330,7 @@ int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, c
         more(channels, block.qkv.columns);
     }
     more(widest, inner), more(widest, attended), more(widest, channels);
-    const size_t columns = count * widest, floats = count * (channels + qkv + attended + inner) + parts;
+    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts;
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;

@@ -118,7 +118,11 @@ template <int BITS> struct Sum {
 struct Bf16 {
     static constexpr int size = 2;
     static Floats widen(const void* from) {
+#ifdef __AVX2__
+        return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
+#else
         return (Floats)(__builtin_convertvector(load<EightHalves>(from), Ints) << 16);
+#endif
     }
 };
 struct Fp16 {
@@ -144,10 +148,12 @@ inline Floats widen(const void* from, int type, size_t place) {
 
 // Activations
 
-struct Rounded {
-    int8_t* codes;  // [tokens][columns]
-    float *scale, *sum;  // [tokens][blocks]; of the codes
+struct Rounded {  // tokens lie in bunches, so that a product reads one stretch
+    int8_t* codes;  // [bunches][blocks][TOKENS][BLOCK]
+    float *scale, *sum;  // [bunches][blocks][TOKENS]; of the codes
 };
+
+inline size_t bunched(size_t tokens) { return (tokens + TOKENS - 1) / TOKENS * TOKENS; }
 
 inline float largest(const float* x, int count) {  // |x| as a whole number has the same order, and NaN comes last
     Ints most = {};
@@ -161,22 +167,22 @@ inline float largest(const float* x, int count) {  // |x| as a whole number has 
 }
 
 void round_token(const float* x, int columns, int span, int token, const Rounded& to) {
-    const size_t first = size_t(token) * (columns / BLOCK);
+    size_t place = size_t(token / TOKENS) * (columns / BLOCK) * TOKENS + token % TOKENS;
     float scale = 0;
-    for (int start = 0; start < columns; start += BLOCK) {
+    for (int start = 0; start < columns; start += BLOCK, place += TOKENS) {
         if (start % span == 0) {
             scale = largest(x + start, span) / 127;
             if (scale < 0x1p-40f) scale = 0x1p-40f;  // not where it is NaN, which has to be seen
         }
         Ints total = {};
-        for (int i = start; i < start + BLOCK; i += 8) {
-            const Floats moved = load<Floats>(x + i) / scale + 0x1.8p23f;  // the fraction is now the nearest whole number
+        for (int i = 0; i < BLOCK; i += 8) {
+            const Floats moved = load<Floats>(x + start + i) / scale + 0x1.8p23f;  // the fraction is now the nearest whole number
             const Ints code = (Ints)moved - 0x4b400000;
-            store(to.codes + size_t(token) * columns + i, __builtin_convertvector(code, EightCodes));
+            store(to.codes + place * BLOCK + i, __builtin_convertvector(code, EightCodes));
             total += code;
         }
-        to.scale[first + start / BLOCK] = scale;
-        to.sum[first + start / BLOCK] = sum(floats(total));
+        to.scale[place] = scale;
+        to.sum[place] = sum(floats(total));
     }
 }
 
@@ -185,41 +191,42 @@ void round_token(const float* x, int columns, int span, int token, const Rounded
 template <int BITS, class Scale, int N>
 void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Floats* y) {
     const int blocks = w.columns / BLOCK, groups = blocks / w.group, bytes = BITS * 32;
-    const uint8_t* codes[2] = {w.codes + size_t(t) * blocks * bytes, w.codes + size_t(other) * blocks * bytes};
+    const uint8_t *one = w.codes + size_t(t) * blocks * bytes, *two = w.codes + size_t(other) * blocks * bytes;
     const size_t ahead = size_t(other == t + 1 ? 2 : 1) * blocks * bytes;  // the next two tiles are on their way meanwhile
-    const size_t first[2] = {size_t(t) * groups * ROWS, size_t(other) * groups * ROWS};
-    const int8_t* x_codes = x.codes + size_t(token) * w.columns;
-    const float *x_scale = x.scale + size_t(token) * blocks, *x_sum = x.sum + size_t(token) * blocks;
-    Floats totals[2 * N];
+    size_t places[2] = {size_t(t) * groups * ROWS, size_t(other) * groups * ROWS};
+    const size_t bunch = size_t(token / TOKENS) * blocks * TOKENS;
+    const int8_t* codes = x.codes + bunch * BLOCK;
+    const float *x_scale = x.scale + bunch, *x_sum = x.sum + bunch;
+    Floats totals[2 * N], scale[2], zero[2];
     UNROLLED for (int n = 0; n < 2 * N; ++n)
         totals[n] = w.bias ? load<Floats>(w.bias + (n < N ? t : other) * ROWS) : Floats{};
-    for (int g = 0, b = 0; g < groups; ++g) {
-        Floats scale[2], zero[2];
-        UNROLLED for (int i = 0; i < 2; ++i) {
-            const size_t place = first[i] + size_t(g) * ROWS;
-            scale[i] = Scale::widen((const char*)w.scale + place * Scale::size);
-            zero[i] = Floats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
-            if (w.zero) zero[i] = Bf16::widen((const char*)w.zero + place * Bf16::size) - (BITS == 4 ? 0.0f : SHIFT);
+    for (int b = 0, left = 0; b < blocks; ++b, --left, codes += TOKENS * BLOCK, x_scale += TOKENS, x_sum += TOKENS) {
+        if (left == 0) {
+            left = w.group;
+            UNROLLED for (int i = 0; i < 2; ++i) {
+                size_t& place = places[i];
+                scale[i] = Scale::widen((const char*)w.scale + place * Scale::size);
+                zero[i] = Floats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
+                if (w.zero) zero[i] = Bf16::widen((const char*)w.zero + place * Bf16::size) - (BITS == 4 ? 0.0f : SHIFT);
+                place += ROWS;
+            }
         }
-        for (int end = b + w.group; b < end; ++b) {
-            UNROLLED for (int i = 0; i < BITS * 32; i += 64)
-                __builtin_prefetch(codes[0] + ahead + i, 0, 2), __builtin_prefetch(codes[1] + ahead + i, 0, 2);
-            Sum<BITS> sums[2 * N];
-            for (int r = 0; r < BITS; ++r, codes[0] += 32, codes[1] += 32) {
-                UNROLLED for (int half = 0; half < 8 / BITS; ++half) {
-                    Bytes one = load<Bytes>(codes[0]), two = load<Bytes>(codes[1]);
-                    if (BITS == 4) one = half ? one >> 4 : one & 15, two = half ? two >> 4 : two & 15;
-                    UNROLLED for (int n = 0; n < N; ++n) {
-                        const int8_t* four = x_codes + n * w.columns + b * BLOCK + 16 * half + 4 * r;
-                        sums[n].add(one, four), sums[N + n].add(two, four);
-                    }
+        UNROLLED for (int i = 0; i < BITS * 32; i += 64)
+            __builtin_prefetch(one + ahead + i, 0, 2), __builtin_prefetch(two + ahead + i, 0, 2);
+        Sum<BITS> sums[2 * N];
+        for (int r = 0; r < BITS; ++r, one += 32, two += 32) {
+            UNROLLED for (int half = 0; half < 8 / BITS; ++half) {
+                Bytes a = load<Bytes>(one), c = load<Bytes>(two);
+                if (BITS == 4) a = half ? a >> 4 : a & 15, c = half ? c >> 4 : c & 15;
+                UNROLLED for (int n = 0; n < N; ++n) {
+                    const int8_t* four = codes + n * BLOCK + 16 * half + 4 * r;
+                    sums[n].add(a, four), sums[N + n].add(c, four);
                 }
             }
-            UNROLLED for (int n = 0; n < 2 * N; ++n) {
-                const int at = n % N * blocks + b;
-                const Floats exact = floats(sums[n].total()) - zero[n / N] * x_sum[at];
-                totals[n] += (scale[n / N] * x_scale[at]) * exact;
-            }
+        }
+        UNROLLED for (int n = 0; n < 2 * N; ++n) {
+            const Floats exact = floats(sums[n].total()) - zero[n / N] * x_sum[n % N];
+            totals[n] += (scale[n / N] * x_scale[n % N]) * exact;
         }
     }
     UNROLLED for (int n = 0; n < 2 * N; ++n) y[n] = totals[n];
