@@ -4,7 +4,7 @@ The first blocks of a model by GPTQ, 4 bits, group 64, 64 windows of 512 tokens,
 and by two processes with one thread each, which may take 0.65 of its time. Seconds are the wall's, of the whole command,
 from torchrun's first import to the last written byte. Then the two results are compared. Their codes differ: statistics are
 sums in another order, a weight that lies between two codes may take the other one, and GPTQ lets all columns after it make
-up for that. They must be as good: each layer's error, and the distance to the original, within 5 %.
+up for that. They must be as good: each layer's error within 3 %, the distance to the original (of few tokens) within 10 %.
 
     python benchmarks/ranks.py ./smollm2 --dataset text.txt
 """
@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from infopt.exporters.folder import open_model
 
 MOST_RATIO = 0.65
-MOST_APART = 0.05
+MOST_ERROR_APART = 0.03
+MOST_KL_APART = 0.1
 INFOPT = str(Path(sys.executable).parent / "infopt")
 
 
@@ -39,11 +40,12 @@ def main() -> int:
         one = quantize(["taskset", "-c", "0"], model, folder / "one", options)
         many = quantize([sys.executable, *ranks], model, folder / "many", options)
         other = codes_apart(folder / "one", folder / "many")
-        apart = errors_apart(folder / "one", folder / "many")
+        error, kl = quality_apart(folder / "one", folder / "many")
     ratio = many.wall_s / one.wall_s
-    fast, same = ratio <= MOST_RATIO, apart <= MOST_APART
+    fast, same = ratio <= MOST_RATIO, error <= MOST_ERROR_APART and kl <= MOST_KL_APART
     print(f"ratio {ratio:.2f}  (at most {MOST_RATIO}: {word(fast)})")
-    print(f"{other:.1%} of the codes differ; errors by {apart:.1%}  (at most {MOST_APART:.0%}: {word(same)})")
+    print(f"{other:.1%} of the codes differ; the layers' errors by {error:.1%} at most, the KL divergence by {kl:.1%}")
+    print(f"  (at most {MOST_ERROR_APART:.0%} and {MOST_KL_APART:.0%}: {word(same)})")
     return 0 if fast and same else 1
 
 
@@ -53,7 +55,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="builtin", help="the calibration text; infopt's own if absent")
     parser.add_argument("--blocks", type=int, default=6, help="so many of the model's first blocks")
     parser.add_argument("--ranks", type=int, default=2, help="processes beside the one")
-    parser.add_argument("--no-verify", action="store_true", help="time the quantizing alone")
     parser.add_argument("--scratch", type=Path, help="where to write; the system's temporary folder if absent")
     return parser.parse_args()
 
@@ -79,7 +80,7 @@ def cut(model: Path, target: Path, blocks: int) -> Path:
 
 def quantize(starter: list[str], model: Path, out: Path, options: argparse.Namespace) -> Cost:
     flags = ["--method", "gptq", "--bits", "4", "--group-size", "64", "--num-samples", "64", "--seqlen", "512"]
-    flags += ["--dataset", options.dataset, *(["--no-verify"] if options.no_verify else [])]
+    flags += ["--dataset", options.dataset]
     log = out.with_suffix(".log")
     cost = run_measured(
         [*starter, INFOPT, "quantize", str(model), *flags, "-o", str(out)], log, env={"OMP_NUM_THREADS": "1"}
@@ -103,15 +104,14 @@ def codes_apart(one: Path, other: Path) -> float:
     return differ / count
 
 
-def errors_apart(one: Path, other: Path) -> float:
-    """The largest relative difference between two quantized folders: of a layer's error, of the mean KL divergence."""
-    errors = []
+def quality_apart(one: Path, other: Path) -> tuple[float, float]:
+    """Relative differences between two quantized folders: the largest of a layer's error, and that of the mean KL."""
+    errors, kl = [], []
     for folder in (one, other):
-        layers = json.loads((folder / "infopt.json").read_text())["layers"]
-        errors.append([layer["error"] for layer in layers.values()])
-        if (folder / "verification.json").exists():
-            errors[-1].append(json.loads((folder / "verification.json").read_text())["quality"]["kl_mean"])
-    return max(abs(b / a - 1) for a, b in zip(*errors, strict=True))
+        report, verdict = (json.loads((folder / f"{name}.json").read_text()) for name in ("infopt", "verification"))
+        errors.append([layer["error"] for layer in report["layers"].values()])
+        kl.append(verdict["quality"]["kl_mean"])
+    return max(abs(b / a - 1) for a, b in zip(*errors, strict=True)), abs(kl[1] / kl[0] - 1)
 
 
 def word(good: bool) -> str:

@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -333,6 +334,7 @@ def write_verdict(folder: Path, verdict: Verdict) -> None:
             update_manifest(folder, VERDICT)
 
 
+@cache  # finding a version reads a package's whole description
 def _versions() -> dict[str, str]:
     names = ("infopt", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
