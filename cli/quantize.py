@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from infopt.recipe import Recipe
     from infopt.recipes.run import BlockReport, Run
     from infopt.runtime.verify import Verdict
+    from infopt.team import Team
 
 Text = str | None
 
@@ -217,11 +218,13 @@ def _run(
     from infopt.recipes.rotation import tell
     from infopt.recipes.run import Run, needs_data
     from infopt.report import BlockLines
+    from infopt.runtime.verify import assist
     from infopt.team import Team
 
     team = Team.from_environment()
+    stage = OutputFolder(output).stage  # of the process that writes
     if not team.writes:  # this process helps: its files go away when the first one is done
-        output, comparison = output.with_name(f"{output.name}.rank{team.rank}"), None
+        output = output.with_name(f"{output.name}.rank{team.rank}")
     started = time.monotonic()
     form, tokenizer = named(target[0]), target[1]
     source = resolve(model)
@@ -254,7 +257,7 @@ def _run(
         _note(told(data_report))
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
-        compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source)[0]
+        compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source, team.writes)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         first = None
         if rewriting and not dry_run:
@@ -272,6 +275,9 @@ def _run(
             return _plan_report(run)
         if not team.writes:
             run(resume, lambda report, resumed: None)
+            if compared is not None:
+                team.wait()  # until the stage is complete
+                assist(stage, source, compared, team)
             team.wait()
             out.discard()
             return {}
@@ -281,7 +287,8 @@ def _run(
         lineage = note_lineage(out.stage, first, recipe, compared) if first else {}
         verdict = None
         if compared is not None:
-            verdict = _verify(out.stage, source, compared, gates)
+            team.wait()
+            verdict = _verify(out.stage, source, compared, gates, team)
         if form.name in GGUF_FORMATS:
             replace_by_gguf(out, form, tokenizer)
         out.commit()
@@ -312,12 +319,12 @@ def _allocate(run: Run, windows: Any) -> Run:
     return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found, run.team)
 
 
-def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None]) -> Verdict:
+def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None], team: Team) -> Verdict:
     """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
     from infopt.report import show_verdict
     from infopt.runtime.verify import Gates, verify
 
-    verdict = verify(stage, source, windows, Gates(**gates))
+    verdict = verify(stage, source, windows, Gates(**gates), team=team)
     show_verdict(verdict)
     return verdict
 

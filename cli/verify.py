@@ -57,8 +57,11 @@ def verify(
     verdict.raise_for_gates()
 
 
-def load(dataset: str, num_samples: int, seqlen: int, folder: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Evaluation windows for the model in `folder`, no longer than it can read, and the report of what was read."""
+def load(
+    dataset: str, num_samples: int, seqlen: int, folder: Path, aloud: bool = True
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Evaluation windows for the model in `folder`, no longer than it can read, and the report of what was read. aloud: tell
+    the user where they are not as asked for."""
     from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
     from infopt.checkpoint import CheckpointReader
     from infopt.errors import BadInput
@@ -68,7 +71,8 @@ def load(dataset: str, num_samples: int, seqlen: int, folder: Path) -> tuple[tor
     text = config.get("text_config") or config
     positions = text.get("max_position_embeddings", text.get("n_positions"))
     if isinstance(positions, int) and positions < seqlen:
-        note(f"--seqlen {seqlen} is more than the model's {positions} positions; using {positions}")
+        if aloud:
+            note(f"--seqlen {seqlen} is more than the model's {positions} positions; using {positions}")
         seqlen = positions
     vocab_size = text.get("vocab_size")
     spec = DataSpec(dataset, num_samples, seqlen)
@@ -76,6 +80,6 @@ def load(dataset: str, num_samples: int, seqlen: int, folder: Path) -> tuple[tor
     if not len(windows_NT):
         what = f"{dataset} has {report['tokens']} tokens, fewer than one window of {seqlen}"
         raise BadInput(what, "There is nothing to evaluate.", "Give more text, or a smaller --seqlen.")
-    if len(windows_NT) < num_samples:
+    if len(windows_NT) < num_samples and aloud:
         note(f"{dataset}: {len(windows_NT)} windows of {seqlen} tokens; {num_samples} were asked for")
     return windows_NT, report

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
@@ -103,7 +104,7 @@ def build_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         what = f"config.json: model_type {config.model_type!r} is not a causal language model."
         raise Unsupported(what, "transformers has no causal LM of that type.", "Use a text-generation model.")
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():  # on meta it would only take time
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
     except ImportError as error:

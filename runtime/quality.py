@@ -26,6 +26,7 @@ from torch import Tensor
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import VerificationFailed
 from infopt.runtime.model import RuntimeModel
+from infopt.team import ALONE, Team
 
 _LOGITS_PER_CHUNK = 2 * 2**20  # 8 MiB of fp32 for each of the five tensors of this size; fewer tokens are slower
 _BYTES_PER_READ = 16 * 2**20
@@ -76,12 +77,13 @@ def compare(
     candidate: RuntimeModel,
     windows_NT: Tensor,
     on_block: Callable[[], None] | None = None,
+    team: Team = ALONE,
 ) -> Comparison:
     """Run both models block by block (one block in memory at a time), then compare their next-token distributions.
 
     `on_block` is called len(reference) + len(candidate) times. Raises VerificationFailed for infinite answers.
     """
-    return compare_each(reference, [candidate], windows_NT, on_block)[0]
+    return compare_each(reference, [candidate], windows_NT, on_block, team)[0]
 
 
 def compare_each(
@@ -89,10 +91,14 @@ def compare_each(
     candidates: list[RuntimeModel],
     windows_NT: Tensor,
     on_block: Callable[[], None] | None = None,
+    team: Team = ALONE,
 ) -> list[Comparison]:
-    """`compare` for several candidates; the reference runs once."""
-    hidden_r_NTC = reference.last_hidden(windows_NT, on_block)
-    return [_compared(reference, hidden_r_NTC, candidate, windows_NT, on_block) for candidate in candidates]
+    """`compare` for several candidates; the reference runs once. Of a team each process runs its share of the windows, if
+    there are enough, and all get the whole answer."""
+    team = team if len(windows_NT) >= team.size else ALONE
+    share_NT = team.share(windows_NT)
+    hidden_r_NTC = reference.last_hidden(share_NT, on_block)
+    return [_compared(reference, hidden_r_NTC, candidate, share_NT, on_block, team) for candidate in candidates]
 
 
 def _compared(
@@ -101,22 +107,38 @@ def _compared(
     candidate: RuntimeModel,
     windows_NT: Tensor,
     on_block: Callable[[], None] | None,
+    team: Team,
 ) -> Comparison:
     hidden_c_NTC = candidate.last_hidden(windows_NT, on_block)
     _load_heads(reference, candidate)
-    nll_r, nll_c, agree = 0.0, 0.0, 0
-    kl_P: list[Tensor] = []
+    failure = None
+    found_P4 = torch.zeros(0, 4, dtype=torch.float64)
+    try:
+        found_P4 = torch.cat(list(_token_by_token(reference, hidden_r_NTC, candidate, hidden_c_NTC, windows_NT)))
+    except VerificationFailed as error:
+        failure = error  # raised when all have come so far: nobody may be left waiting for this process
+    reference.free_outer()
+    candidate.free_outer()
+    if team.total(failure is not None):
+        raise failure or VerificationFailed(
+            f"{candidate.folder} or its original answers with logits that are not finite",
+            "They came up in another process.",
+            f"infopt verify {candidate.folder}",
+        )
+    return _summary(team.gather(found_P4))
+
+
+def _token_by_token(
+    reference: RuntimeModel, hidden_r_NTC: Tensor, candidate: RuntimeModel, hidden_c_NTC: Tensor, windows_NT: Tensor
+) -> Iterator[Tensor]:
+    """Of some predicted tokens at a time, float64 [K, 4]: both models' -log probabilities, whether they agree, the KL."""
     pairs = zip(_chunks(reference, hidden_r_NTC, windows_NT), _chunks(reference, hidden_c_NTC, windows_NT), strict=True)
     for (hidden_r_KC, next_K), (hidden_c_KC, _) in pairs:
         log_p_KV = _log_probabilities(reference, hidden_r_KC)
         log_q_KV = _log_probabilities(candidate, hidden_c_KC)
-        nll_r -= log_p_KV.gather(1, next_K[:, None]).sum(dtype=torch.float64).item()
-        nll_c -= log_q_KV.gather(1, next_K[:, None]).sum(dtype=torch.float64).item()
-        agree += int((log_p_KV.argmax(1) == log_q_KV.argmax(1)).sum())
-        kl_P.append(_kl(log_p_KV, log_q_KV))
-    reference.free_outer()
-    candidate.free_outer()
-    return _summary(torch.cat(kl_P), nll_r, nll_c, agree)
+        nll_K2 = [-log_KV.gather(1, next_K[:, None])[:, 0].double() for log_KV in (log_p_KV, log_q_KV)]
+        agree_K = (log_p_KV.argmax(1) == log_q_KV.argmax(1)).double()
+        yield torch.stack([*nll_K2, agree_K, _kl(log_p_KV, log_q_KV)], 1)
 
 
 def identical(one: CheckpointReader, other: CheckpointReader, name: str) -> bool:
@@ -173,9 +195,10 @@ def _kl(log_p_KV: Tensor, log_q_KV: Tensor) -> Tensor:
     return difference_KV.mul_(log_p_KV.exp_()).sum(1, dtype=torch.float64).clamp_min_(0)
 
 
-def _summary(kl_P: Tensor, nll_r: float, nll_c: float, agree: int) -> Comparison:
-    tokens = len(kl_P)
-    ordered = kl_P.sort().values
+def _summary(found_P4: Tensor) -> Comparison:
+    tokens = len(found_P4)
+    nll_r, nll_c, agree, _ = found_P4.sum(0).tolist()
+    ordered = found_P4[:, 3].sort().values
     return Comparison(
         tokens=tokens,
         perplexity_reference=_exp(nll_r / tokens),

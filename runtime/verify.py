@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -32,6 +33,7 @@ from infopt.runtime import integrity
 from infopt.runtime.integrity import Check
 from infopt.runtime.model import RuntimeModel
 from infopt.runtime.quality import Comparison, compare, compare_each, perplexity
+from infopt.team import ALONE, Team
 
 __all__ = [
     "VERDICT",
@@ -39,6 +41,7 @@ __all__ = [
     "Comparison",
     "Gates",
     "Verdict",
+    "assist",
     "compare",
     "judge",
     "perplexity",
@@ -155,24 +158,26 @@ def judge(
     with_kernels: bool = True,
     data: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Verdict:
     """Check the folder, compare with `reference` on `windows_NT`, and write `verification.json` into the folder.
 
     reference: the original model's folder; without it only perplexity is measured. windows_NT: int64 [N, T]; or a
     function that gives them and their report, called once the bytes are known to be good; or None to check the bytes
-    alone. data: the report of `load_windows`, kept in the verdict. progress: see `infopt.report.progress`.
+    alone. data: the report of `load_windows`, kept in the verdict. progress: see `infopt.report.progress`. team: the others
+    of it are in `assist`.
     Raises UsageError (gates without a comparison), BadInput and Unsupported (unreadable files), OutOfResources.
     """
     gates = gates or Gates()
     if gates.any() and (reference is None or windows_NT is None):
         fix = f"infopt verify {quote(str(folder))} --reference MODEL"
         raise UsageError("a gate needs something to compare with", "It limits the distance to the original model.", fix)
-    start = progress or (lambda label, total: nullcontext(lambda: None))
+    start = progress or _silent
     first = integrity.manifest(folder)
     if first.ok is False:
         verdict = Verdict(str(folder), (first,))
     else:
-        verdict = _judge_intact(folder, reference, windows_NT, gates, first, with_kernels, data or {}, start)
+        verdict = _judge_intact(folder, reference, windows_NT, gates, first, with_kernels, data or {}, start, team)
     write_verdict(folder, verdict)
     return verdict
 
@@ -190,6 +195,17 @@ def verify(
     return verdict
 
 
+def assist(folder: Path, reference: Path, windows_NT: torch.Tensor, team: Team) -> None:
+    """Run this process's share of the windows for the one of the team that is in `judge`, once that one has found the bytes
+    good."""
+    models = RuntimeModel(folder), RuntimeModel(reference)
+    _with_quality(Verdict(str(folder), ()), *models, windows_NT, Gates(), _silent, team)
+
+
+def _silent(label: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+    return nullcontext(lambda: None)
+
+
 def _judge_intact(
     folder: Path,
     reference: Path | None,
@@ -199,6 +215,7 @@ def _judge_intact(
     with_kernels: bool,
     data: dict[str, Any],
     start: Progress,
+    team: Team,
 ) -> Verdict:
     candidate = RuntimeModel(folder)
     original = RuntimeModel(reference) if reference is not None else None
@@ -221,7 +238,7 @@ def _judge_intact(
     if not isinstance(windows_NT, torch.Tensor):
         windows_NT, data = windows_NT()
         verdict = replace(verdict, data=data)
-    return _with_quality(verdict, candidate, original, windows_NT, gates, start)
+    return _with_quality(verdict, candidate, original, windows_NT, gates, start, team)
 
 
 def _with_quality(
@@ -231,6 +248,7 @@ def _with_quality(
     windows_NT: torch.Tensor,
     gates: Gates,
     start: Progress,
+    team: Team,
 ) -> Verdict:
     blocks = len(candidate) + (len(original) if original else 0)
     try:
@@ -240,9 +258,9 @@ def _with_quality(
             answers = Check("answers", True, f"{alone['tokens']:,} predicted tokens; no reference to compare with")
             return replace(verdict, checks=(*verdict.checks, answers), candidate_only=alone)
         if candidate.cache is not None:
-            return _with_cache(verdict, candidate, original, windows_NT, gates, start)
+            return _with_cache(verdict, candidate, original, windows_NT, gates, start, team)
         with start("comparing", blocks) as step:
-            quality = compare(original, candidate, windows_NT, step)
+            quality = compare(original, candidate, windows_NT, step, team)
     except VerificationFailed as error:
         return replace(verdict, checks=(*verdict.checks, Check("answers", False, error.what)))
     return _answered(verdict, quality, gates)
@@ -255,11 +273,12 @@ def _with_cache(
     windows_NT: torch.Tensor,
     gates: Gates,
     start: Progress,
+    team: Team,
 ) -> Verdict:
     """The comparison with the cache as it is, with a float cache, and with scales of 1 (what is served without them)."""
     models = [candidate, *(RuntimeModel(candidate.folder, cache=choice) for choice in ("float", "unit"))]
     with start("comparing", len(original) + 3 * len(candidate)) as step:
-        quality, as_float, as_unit = compare_each(original, models, windows_NT, step)
+        quality, as_float, as_unit = compare_each(original, models, windows_NT, step, team)
     ours, theirs = candidate.cache_bytes()
     report = {
         "float": as_float.to_json(),
@@ -315,6 +334,7 @@ def write_verdict(folder: Path, verdict: Verdict) -> None:
             update_manifest(folder, VERDICT)
 
 
+@cache  # finding a version reads a package's whole description
 def _versions() -> dict[str, str]:
     names = ("infopt", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -29,7 +29,7 @@ from infopt.model import BlockCall, Skeleton
 from .families import GROUPED, ROUTED, randomise
 from .folders import complaint
 from .test_quantize import our_logits
-from .tools import infopt, text, tiny
+from .tools import infopt, slow_unless, text, tiny
 
 ROUTERS = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
 UNREACHED = 1
@@ -383,8 +383,10 @@ WITHOUT_DATA = ("rtn", "fp8 FP8_DYNAMIC", "fp8 FP8_BLOCK")
 MOST = {"gptq W4A8": 0.05, "awq mixed": 0.05, "smoothquant": 0.03, "fp8": 0.03}  # static scales, and routers
 
 
-@pytest.mark.parametrize("family", ROUTERS)
-@pytest.mark.parametrize("method", [*METHODS, *(pytest.param(more, marks=pytest.mark.slow) for more in MORE)])
+@pytest.mark.parametrize(
+    ("family", "method"), [slow_unless(method in METHODS and (family == "mixtral" or method == "awq+gptq"), family, method)
+                           for family in ROUTERS for method in METHODS | MORE]
+)  # fmt: skip
 def test_every_method_with_an_expert_that_no_token_reaches(family: str, method: str, tmp_path: Path) -> None:
     model = moe(family, tmp_path / "m")
     result = quantize(model, tmp_path / "out", *(METHODS | MORE)[method])
@@ -429,8 +431,10 @@ def test_the_floor_is_a_choice(tmp_path: Path) -> None:
     assert infopt("quantize", model, "-o", tmp_path / "x", "--method", "rtn", "--min-expert-tokens", -1).code == 2
 
 
-@pytest.mark.parametrize("family", ROUTERS)
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("family", "bits"), [slow_unless((family, bits) in (("mixtral", 3), ("qwen3_moe", 4)), family, bits)
+                         for family in ROUTERS for bits in (2, 3, 4)]
+)  # fmt: skip
 def test_transformers_stacks_our_experts(family: str, bits: int, tmp_path: Path) -> None:
     """Symmetric packed experts load in transformers under its own names, and give our logits.
 

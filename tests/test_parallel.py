@@ -21,7 +21,7 @@ from infopt.runtime.rank import RankModel
 from infopt.runtime.verify_shards import ROUNDED_TOLERANCE, TOLERANCE, difference
 from infopt.shards import read_shards
 
-from .tools import infopt, text, tiny
+from .tools import infopt, slow_unless, text, tiny
 
 
 class Meeting:
@@ -86,6 +86,9 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "phi",
             "falcon_old", "falcon_alibi", "olmo2", "cohere", "starcoder2", "granite", "mixtral"]  # fmt: skip
 
 
+QUANTIZED = [["--bits", 4], ["--bits", 4, "--asym"], ["--bits", 8], ["--bits", 3]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_over_four_ranks(tmp_path, family):
     """Fused, interleaved, shared and biased projections; norms over heads; soft caps; ALiBi; stacked experts."""
@@ -94,8 +97,10 @@ def test_every_family_over_four_ranks(tmp_path, family):
     assert_same(run_in_threads(tmp_path / "s", windows()), whole(model, windows()))
 
 
-@pytest.mark.parametrize("flags", [["--bits", 4], ["--bits", 4, "--asym"], ["--bits", 8], ["--bits", 3]])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "flags"), [slow_unless(family == "llama" or flags == QUANTIZED[1], family, flags)
+                          for family in ("llama", "gpt2", "phi3") for flags in QUANTIZED]
+)  # fmt: skip
 def test_quantized_layers_over_two_ranks(tmp_path, family, flags):
     model = tiny(family, tmp_path / "m")
     asked = ["--method", "rtn", "--group-size", 32, *flags, "--no-verify", "-o", tmp_path / "q"]

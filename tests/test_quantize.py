@@ -19,7 +19,7 @@ from infopt.exporters.folder import model_config, open_model
 from infopt.model import Skeleton
 
 from .families import FAMILIES
-from .tools import infopt, text, tiny
+from .tools import infopt, slow_unless, text, tiny
 
 SMALL = ("--num-samples", 8, "--seqlen", 32, "--verify-samples", 2)
 
@@ -84,7 +84,9 @@ def test_transformers_reads_what_we_wrote(words: Path, tmp_path: Path, method: s
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize(
+    "method", [slow_unless(method == "awq+gptq", method) for method in ("awq+gptq", "awq", "gptq")]
+)
 def test_every_family(family: str, method: str, words: Path, tmp_path: Path) -> None:
     """Quantized, verified, and close to the original: 8 bits leave next to no error wherever a fold was applied."""
     model = tiny(family, tmp_path / "model")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from infopt.errors import VerificationFailed
 from infopt.exporters.folder import open_model
+from infopt.runtime.model import RuntimeModel
+from infopt.runtime.quality import Comparison, compare
+from infopt.team import Team
 
+from .test_parallel import Meeting
 from .tools import infopt, text, tiny
 
 WINDOWS = ("--num-samples", "9", "--seqlen", "32")
@@ -23,7 +31,7 @@ WINDOWS = ("--num-samples", "9", "--seqlen", "32")
 def together(*args: str, processes: int = 2) -> list[str]:
     scripts = Path(sys.executable).parent
     return [
-        str(scripts / "torchrun"),
+        *(sys.executable, "-m", "torch.distributed.run"),  # torchrun by its other name, which needs no path
         "--nproc-per-node",
         str(processes),
         "--no-python",
@@ -65,6 +73,56 @@ def test_two_processes_make_what_one_makes(family: str, flags: tuple[str, ...], 
     assert one.keys() == two.keys()
     same = torch.cat([(one[name] == two[name]).flatten() for name in one]).float().mean().item()
     assert same > 0.995, f"only {same:.2%} of the weights are the same"
+    shared = quality(tmp_path / "two")
+    alone = infopt("verify", tmp_path / "two", "--reference", model, "--num-samples", 2, "--seqlen", 32)
+    assert alone.code == 0, alone.err
+    assert shared == pytest.approx(quality(tmp_path / "two"), rel=1e-5)
+
+
+def quality(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "verification.json").read_text())["quality"]
+
+
+@dataclass(frozen=True)
+class OfThreads(Team):
+    meeting: Meeting | None = None
+
+    def _reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "SUM"
+        self.meeting.reduce(self.rank)(x)
+        return x
+
+
+def test_two_processes_compare_what_one_compares(tmp_path: Path) -> None:
+    """The answer is the same for both; what only one of them meets ends both."""
+    original = tiny("llama", tmp_path / "m", tie_word_embeddings=False)
+    out = tmp_path / "q"
+    assert infopt("quantize", original, "-o", out, "--method", "rtn", "--group-size", 32, "--no-verify").code == 0
+    windows_NT = torch.randint(3, 90, (5, 32))
+    alone = compare(RuntimeModel(original), RuntimeModel(out), windows_NT)
+    both = [found.result() for found in compared_together(original, out, windows_NT)]
+    assert both[0] == both[1]
+    assert both[0].to_json() == pytest.approx(alone.to_json(), rel=1e-5)
+    few = [found.result() for found in compared_together(original, out, windows_NT[:1])]
+    assert few[0] == few[1] == compare(RuntimeModel(original), RuntimeModel(out), windows_NT[:1])
+    tensors = load_file(original / "model.safetensors")
+    tensors["model.embed_tokens.weight"][95] = torch.inf
+    save_file(tensors, original / "model.safetensors", {"format": "pt"})
+    windows_NT[4, 7] = 95
+    for found in compared_together(original, out, windows_NT):
+        with pytest.raises(VerificationFailed, match="not finite"):
+            found.result()
+
+
+def compared_together(original: Path, out: Path, windows_NT: torch.Tensor) -> list:
+    meeting = Meeting(2)
+    pairs = [(RuntimeModel(original), RuntimeModel(out)) for _ in range(2)]  # on meta, which threads must not share
+
+    def work(rank: int) -> Comparison:
+        return compare(*pairs[rank], windows_NT, team=OfThreads(rank, 2, meeting))
+
+    with ThreadPoolExecutor(2) as threads:
+        return [threads.submit(work, rank) for rank in range(2)]
 
 
 @pytest.mark.slow

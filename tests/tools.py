@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+from _pytest.mark import ParameterSet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +40,16 @@ def infopt(*arguments: object) -> Result:
     finally:
         sys.argv = before
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def slow_unless(quick: bool, *values: object) -> ParameterSet:
+    """A row of `parametrize` that the fast suite leaves to the slow one, because other rows of it ask nearly the same."""
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
+def every_second(start: int) -> list[ParameterSet]:
+    """All families, half of them for the slow suite. Tests that ask nearly the same of a family take a half each."""
+    return [slow_unless(i % 2 == start, family) for i, family in enumerate(sorted(families.FAMILIES))]
 
 
 def tiny(family: str, folder: Path, **options: object) -> Path:
