@@ -35,6 +35,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "W8A8 static, smoothquant": ("--method", "smoothquant", "--scheme", "W8A8_STATIC"),
     "FP8_DYNAMIC fp8": ("--method", "fp8"),
     "FP8_DYNAMIC gptq": ("--method", "gptq", "--scheme", "FP8_DYNAMIC"),
+    "FP8_DYNAMIC best-fp8": ("--method", "best-fp8"),
     "FP8 fp8": ("--method", "fp8", "--scheme", "FP8"),
     "FP8_BLOCK fp8": ("--method", "fp8", "--scheme", "FP8_BLOCK"),
     "KV fp8": ("--method", "kv-cache", "--kv-cache", "fp8"),

@@ -73,6 +73,7 @@ def awkward(tensors: dict[str, Tensor]) -> None:
         pytest.param(("--method", "awq", "--bits", 8, "--group-size", 32, "--asym"), marks=pytest.mark.slow),
         ("--method", "gptq", "--bits", 8, "--group-size", 32, "--kv-cache", "int8"),
         ("--method", "best-4bit", "--bits", 8, "--group-size", 32),
+        ("--method", "best-fp8"),
         ("--method", "smoothquant", "--scheme", "W8A8"),
         pytest.param(("--method", "fp8", "--scheme", "FP8_BLOCK"), marks=pytest.mark.slow),
         pytest.param(
