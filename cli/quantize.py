@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,7 +216,7 @@ def _run(
     from infopt.recipes.compose import note_lineage, rewrite_first, rewrite_options
     from infopt.recipes.rotation import tell
     from infopt.recipes.run import Run, needs_data
-    from infopt.report import BlockLines
+    from infopt.report import BlockLines, note
     from infopt.runtime.verify import assist
     from infopt.team import Team
 
@@ -248,26 +247,26 @@ def _run(
             )
         recorded.check_model(reader)
         data_report = {**recorded.about.data, "statistics": recorded.about.fingerprint()}
-        _note(f"statistics of the original model's inputs: {recorded.folder}")
+        note(f"statistics of the original model's inputs: {recorded.folder}")
     elif needs_data(recipe, steps) or (rewriting and rewriting.needs_data):
         spec = DataSpec(**recipe.calibration.model_dump())
         windows, data_report = calibration_windows(spec, source, reader.config)
         release()  # the tokenizer's tables
     if data_report and team.writes:
-        _note(told(data_report))
+        note(told(data_report))
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
         compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source, team.writes)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         first = None
         if rewriting and not dry_run:
-            _note("rewriting first")
+            note("rewriting first")
             shown = BlockLines(reader.config.get("num_hidden_layers") or 0, _said)
             first = rewrite_first(reader, rewriting, out, windows, data_report, compared, resume, shown)
             reader = CheckpointReader(first.folder)
         run = Run(reader, recipe, steps, out, windows, data_report, form, team=team, recorded=recorded)
         for line in tell(run.reader):
-            _note(line)
+            note(line)
         if recipe.target and not dry_run:
             run = _allocate(run, windows)
         run.hold(_spare_memory(run, max_ram))
@@ -281,7 +280,7 @@ def _run(
             team.wait()
             out.discard()
             return {}
-        _note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
+        note(f"{run.blocks} blocks, {len(run.plan.grids)} layers to quantize, method {recipe.name}")
         run(resume, BlockLines(run.blocks, _said))
         quantized = time.monotonic()
         lineage = note_lineage(out.stage, first, recipe, compared) if first else {}
@@ -293,7 +292,7 @@ def _run(
             replace_by_gguf(out, form, tokenizer)
         out.commit()
         team.wait()
-    _note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
+    note(f"wrote {output} in {time.monotonic() - started:.1f} s ({quantized - started:.1f} s quantizing)")
     report = {
         "output": str(output),
         "seconds_quantizing": quantized - started,
@@ -303,7 +302,7 @@ def _run(
     if verdict:
         verdict.raise_for_gates()
     elif form.name not in GGUF_FORMATS:
-        _note(f"not verified: `infopt verify {output} --reference {model}`")
+        note(f"not verified: `infopt verify {output} --reference {model}`")
     return report
 
 
@@ -311,11 +310,12 @@ def _allocate(run: Run, windows: Any) -> Run:
     """The run with the bits of every layer decided, by what a part of the windows shows."""
     from infopt.recipes.run import Run
     from infopt.recipes.sensitivity import decide, measure
+    from infopt.report import note
 
-    parts = measure(run, windows[:8], lambda i: _note(f"sensitivity of block {i + 1}/{run.blocks}"))
+    parts = measure(run, windows[:8], lambda i: note(f"sensitivity of block {i + 1}/{run.blocks}"))
     recipe, found = decide(run, parts)
     spread = ", ".join(f"{count} layers of {bits} bits" for bits, count in found["layers"].items())
-    _note(f"{found['bits']:.3f} bits on average: {spread}")
+    note(f"{found['bits']:.3f} bits on average: {spread}")
     return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found, run.team)
 
 
@@ -353,10 +353,11 @@ def _spare_memory(run: Run, limit: str | None) -> int:
 
 def _plan_report(run: Run) -> dict[str, Any]:
     from infopt.recipes.run import memory_needed
+    from infopt.report import note
 
     layers = len(run.plan.grids)
-    _note(f"{run.blocks} blocks; {layers} layers would be quantized, {len(run.plan.kept)} kept; "
-          f"about {memory_needed(run) / 1e9:.2f} GB of memory")  # fmt: skip
+    note(f"{run.blocks} blocks; {layers} layers would be quantized, {len(run.plan.kept)} kept; "
+         f"about {memory_needed(run) / 1e9:.2f} GB of memory")  # fmt: skip
     return {
         "blocks": run.blocks,
         "layers": sorted(run.plan.grids),
@@ -370,7 +371,3 @@ def _said(report: BlockReport) -> str:
     error = report.error()
     shown = f"  worst relative error {error:.2e}" if error is not None else ""
     return f"{shown}  {len(report.layers)} layers"
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -193,7 +193,7 @@ def test_unseen_channels_and_constant_weights(words: Path, tmp_path: Path) -> No
     tensors["model.layers.0.self_attn.q_proj.weight"][5] = 0
     tensors["model.layers.0.mlp.up_proj.weight"][7] = 0.25
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    for method in ("awq", "gptq", "best-4bit"):
+    for method in ("awq", "gptq", "awq+gptq", "best-4bit"):
         flags = ("--method", method, "--group-size", 32, "--bits", 8, "--dataset", words)
         result = quantize(model, tmp_path / method, *flags)
         assert result.code == 0, result.err
