@@ -23,12 +23,14 @@ from torch import Tensor
 
 from infopt.grid import Inputs
 from infopt.kernels import compiled
+from infopt.kernels.pages import Pages
 from infopt.qtensor import QTensor
 
 ROWS, BLOCK = 8, 32
 ROUNDED = Inputs("int", True, BLOCK)  # what happens to the inputs of a grid that does not say
 _TYPES = {"pointer": ctypes.c_void_p, "int": ctypes.c_int32, "long": ctypes.c_int64, "float": ctypes.c_float}
 _HALVES = (torch.bfloat16, torch.float16, torch.float32)  # the C++'s numbers for them
+_KEPT = ("none", "fp8", "int8", "int4")
 _SOURCE = Path(__file__).parent / "cpp" / "block.cpp"
 
 
@@ -65,10 +67,35 @@ class TextStruct(ctypes.Structure):
     _fields_ = _fields(pointer="table", long="pages first position")
 
 
-class PagesStruct(ctypes.Structure):
-    """`Pages` in `cpp/block.cpp`."""
+class HalfStruct(ctypes.Structure):
+    """`Half` in `cpp/pages.h`."""
 
-    _fields_ = _fields(pointer="k v")
+    _fields_ = _fields(pointer="codes scale zero")
+
+
+class PagesStruct(ctypes.Structure):
+    """`Pages` in `cpp/pages.h`."""
+
+    _fields_ = (("k", HalfStruct), ("v", HalfStruct), *_fields(int="kind own"))
+
+    def __init__(self, k: Pages, v: Pages) -> None:
+        """Of a layer's pages, which have to live as long."""
+        self._tables: list[Tensor] = []
+        super().__init__(self._half(k), self._half(v), _KEPT.index(k.kind), k.own)
+
+    def _half(self, pages: Pages) -> HalfStruct:
+        parts = (pages.codes, pages.scale, pages.zero) if pages.own else (pages.codes, *self._spread(pages))
+        return HalfStruct(*(None if part is None else part.data_ptr() for part in parts))
+
+    def _spread(self, pages: Pages) -> tuple[Tensor | None, Tensor | None]:
+        """A calibration's scales and zero points as floats [H, D]."""
+        if pages.grid is None or pages.scale is None:
+            return None, None
+        zero = torch.tensor(float(pages.grid.grid.middle)) if pages.zero is None else pages.zero
+        shape = (pages.heads, pages.codes.shape[2] * 8 // pages.grid.bits)
+        spread = [part.float().expand(shape).contiguous() for part in (pages.scale, zero)]
+        self._tables += spread
+        return spread[0], spread[1]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """New tokens through all blocks of a model in one call of C++, where that is proven to give the same answer.
 
 A step at batch 1 of a small model costs transformers about as much between the blocks as the blocks need. Where every block is
-a `FusedBlock` with packed weights of the C++ (`kernels/native.py`) and the cache holds floats, a step is
+a `FusedBlock` with packed weights of the C++ (`kernels/native.py`), a step is
 
     norm(blocks(embedding(token))) -> head
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Decoder:
         self._windows = list(dict.fromkeys(kind.window for kind in kinds))
         structs = [_struct(block, self._windows.index(kind.window)) for block, kind in zip(blocks, kinds, strict=True)]
         self._structs = (BlockStruct * len(structs))(*structs)
+        self._known: WeakKeyDictionary[PagedCache, tuple[ctypes.Array[PagesStruct], list[PagesStruct]]]
+        self._known = WeakKeyDictionary()
 
     def __call__(self, ids_BQ: Tensor, step: Step) -> Tensor:
         """logits [B, V] of what follows these tokens, which are stored."""
@@ -79,15 +82,22 @@ class Decoder:
         layers: slice = _ALL,
     ) -> None:
         """The hidden states after these blocks, in place."""
-        some = list(zip(self.blocks, step.cache.stores, strict=True))[layers]
-        stores = [store.pages(block.heads[1], block.width) for block, store in some]
-        pages = (PagesStruct * len(some))(*(PagesStruct(k.codes.data_ptr(), v.codes.data_ptr()) for k, v in stores))
         places = [place for window in self._windows for place in step.places(window, tokens)]
         texts = (TextStruct * len(places))(*(TextStruct(*place) for place in places))
-        first = ctypes.byref(self._structs, (layers.start or 0) * ctypes.sizeof(BlockStruct))
+        some = range(len(self.blocks))[layers]
+        pages = ctypes.byref(self._pages(step.cache), some.start * ctypes.sizeof(PagesStruct))
+        first = ctypes.byref(self._structs, some.start * ctypes.sizeof(BlockStruct))
         pointers = (cos_BQD.data_ptr(), sin_BQD.data_ptr(), hidden_BQC.data_ptr())
         count = len(step.requests) * len(tokens)
         self._library("infopt_blocks", first, len(some), pages, texts, count, *pointers)
+
+    def _pages(self, cache: PagedCache) -> ctypes.Array[PagesStruct]:
+        """Those of all layers, the same for as long as the cache lives."""
+        if cache not in self._known:
+            stores = zip(self.blocks, cache.stores, strict=True)
+            structs = [PagesStruct(*store.pages(block.heads[1], block.width)) for block, store in stores]
+            self._known[cache] = (PagesStruct * len(structs))(*structs), structs
+        return self._known[cache][0]
 
     def plain(self, ids_B1: Tensor, step: Step) -> Tensor:
         """The same in the blocks' own way, for the proofs."""
@@ -137,15 +147,17 @@ def proven(decoder: Decoder, model: Any, kinds: Sequence[LayerKind]) -> bool:
     ids_T = torch.randint(
         model.config.get_text_config().vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(2)
     )
-    caches = [PagedCache([LayerKind(kind.window) for kind in kinds], TOKENS, chunk=1) for _ in range(2)]
+    floats = [LayerKind(kind.window) for kind in kinds]  # rounding would make the first proof's last bits more than that
+    caches = [PagedCache(some, TOKENS, chunk=1) for some in (floats, floats, kinds)]
     requests = [cache.admit(TOKENS) for cache in caches]
     for id_ in ids_T.split(1):
-        theirs, ours = (Step(cache, [request], 1) for cache, request in zip(caches, requests, strict=True) if request)
+        steps = [Step(cache, [request], 1) for cache, request in zip(caches, requests, strict=True) if request]
+        theirs, ours, kept = steps
         wanted_1V = model(input_ids=id_[None], past_key_values=theirs, use_cache=True).logits[:, -1]
-        if not near(decoder.plain(id_[None], ours), wanted_1V, OUTER) or not _blocks_agree(decoder, id_[None], ours):
+        if not near(decoder.plain(id_[None], ours), wanted_1V, OUTER) or not _blocks_agree(decoder, id_[None], kept):
             return False
-        theirs.commit()
-        ours.commit()
+        for step in steps:
+            step.commit()
     return True
 
 

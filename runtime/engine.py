@@ -262,15 +262,14 @@ class Engine:
 
     @torch.inference_mode()
     def _find_decoder(self) -> None:
-        """One call for all blocks, where they all allow it, and on a processor the cache holds floats; see `runtime/decode.py`
-        and `runtime/gpu.py`."""
+        """One call for all blocks, where they all allow it; see `runtime/decode.py` and `runtime/gpu.py`."""
         blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
         if self.device.type != "cpu":
             if len(blocks) == len(self.kinds):
                 self.decoder = gpu.find(self.model, blocks, self.kinds, self.device, self._capture)
             return
         library = native()
-        if library is not None and len(blocks) == len(self.kinds) and all(kind.grid is None for kind in self.kinds):
+        if library is not None and len(blocks) == len(self.kinds):
             self.decoder = find_decoder(self.model, blocks, self.kinds, library)
 
     # What the layers cache, and the proof

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from infopt.kernels import reference
 from infopt.kernels.compiled import compilers
 from infopt.kernels.compiled import library as compiled_library
 from infopt.kernels.native import ROUNDED, Native, PackedWeight, build, fits, native
+from infopt.kv_cache import CacheGrid, CacheScales
 from infopt.runtime.block import FusedBlock
 from infopt.runtime.decode import Decoder, find
 from infopt.runtime.engine import Engine
-from infopt.runtime.paged import Step
+from infopt.runtime.paged import LayerKind, Step
 
 from .test_engine import answers, prompts, quantized, words  # noqa: F401
 from .test_kernels import random_q, relative_error
@@ -155,11 +157,10 @@ def test_blocks_in_cpp_are_the_blocks(family: str, library: Native, words: Path,
 
 
 def test_the_step_of_cpp_is_used_only_where_it_is_proven(words: Path, tmp_path: Path) -> None:  # noqa: F811
-    """A model with something between the blocks and the head, an activation that the C++ has not, or a cache of bytes."""
+    """Not for a model with something between the blocks and the head, or an activation that the C++ has not."""
     engine = Engine(quantized("llama", tmp_path, words, "--method", "rtn"), "packed")
     library = native()
     assert library is not None and engine.decoder is not None
-    assert Engine(engine.folder, "packed", "int8").decoder is None
     blocks = engine.decoder.blocks
     look = torch.inference_mode()(find)
     assert look(engine.model, blocks, engine.kinds, library) is not None
@@ -171,6 +172,52 @@ def test_the_step_of_cpp_is_used_only_where_it_is_proven(words: Path, tmp_path: 
     width, blocks[1].scaling = blocks[1].scaling, 0.0
     assert look(engine.model, blocks, engine.kinds, library) is not None  # the same fault on both sides
     blocks[1].scaling = width
+
+
+CACHES = {
+    f"{name} for each {grid.strategy}{'' if grid.symmetric else ' with zero points'}": grid
+    for name, grid in [("FP8", CacheGrid("float", 8, which)) for which in ("tensor", "token")]
+    + [(f"INT{bits}", CacheGrid("int", bits, "token", plain)) for bits in (8, 4) for plain in (True, False)]
+    + [("INT8", CacheGrid("int", 8, "head")), ("INT4", CacheGrid("int", 4, "channel", False))]
+}
+
+
+@torch.inference_mode()
+def with_cache(engine: Engine, grid: CacheGrid) -> Engine:
+    """The same engine, with a cache that was not calibrated well: some values lie beyond its range."""
+    scales = None
+    if grid.strategy != "token":
+        x_BHTD = torch.randn(1, engine.config.num_key_value_heads, 50, engine.decoder.blocks[0].width) / 2
+        scale, zero = grid.range(x_BHTD)
+        scales = CacheScales({"k": scale, "v": scale * 2}, {"k": zero, "v": zero})
+    other = copy(engine)
+    other.kinds = [LayerKind(kind.window, grid, scales) for kind in engine.kinds]
+    return other
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.inference_mode()
+def test_a_cache_of_bytes(name: str, engine: Engine, library: Native) -> None:
+    """What is stored is what `Pages` would store, bit for bit, and what is read is what the block reads."""
+    bytes_ = with_cache(engine, CACHES[name])
+    assert find(engine.model, engine.decoder.blocks, bytes_.kinds, library) is not None
+    stores = []
+    for one in (engine, bytes_):
+        cache = one.cache(40, chunk=40)
+        step = Step(cache, [cache.admit(40)], 40)
+        hidden_BQC, angles = engine.decoder.start(torch.randint(5, 100, (1, 40), generator=torch.Generator().manual_seed(0)), step, range(40))
+        hidden_BQC[0, 3] = 0.0
+        engine.decoder.run(hidden_BQC, *angles, step, range(40), slice(0, 1))
+        stores.append(cache.stores[0].pages(2, engine.decoder.blocks[0].width))
+    for values, found in zip(*stores, strict=True):
+        wanted = replace(found, **{part: getattr(found, part).clone() for part in ("codes", "scale", "zero") if getattr(found, part) is not None})
+        wanted.codes.zero_()
+        wanted.write(slice(16, 56), values.codes[16:56])
+        for part in ("codes", "scale", "zero"):
+            assert getattr(found, part) is None or torch.equal(getattr(found, part), getattr(wanted, part)), part
+        assert found.codes[16:56].ne(0).any()
+    apart = blocks_differ(bytes_, library)
+    assert apart[len(apart) // 2] < 1e-5 and apart[-1] < 5e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -209,7 +256,7 @@ FAULTS = {
     "half of the angles": ("block.cpp", "x[high] = b * cosine[high] + a * sine[high];", "x[high] = b * cosine[high];"),
     "a position too few": ("block.cpp", "seen_to = int(high - low);", "seen_to = int(high - low) - 1;"),
     "parts as they are": ("block.cpp", "std::exp(part[0] - most)", "1.0f"),
-    "queries of another group": ("block.cpp", "head * group) * width;", "head) * width;"),
+    "queries of another group": ("block.cpp", "head * group) * width,", "head) * width,"),
     "always the same page": ("block.cpp", "text.table[position / PAGE % text.pages]", "text.table[0]"),
     "no eps": ("block.cpp", "/ count + eps", "/ count"),
     "no residual": ("block.cpp", "block.down, s.x, count, hidden, true", "block.down, s.x, count, hidden, false"),

@@ -5,10 +5,9 @@
 //
 // Legend: a team is the threads of one call; each takes a share of every loop.
 
-#include "linear.h"
+#include "pages.h"
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
 
 extern "C" {
@@ -24,10 +23,6 @@ struct Block {
 struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
     const int64_t* table;  // pages, used as a ring
     int64_t pages, first, position;  // the first token that it sees, and its own place
-};
-
-struct Pages {
-    float *k, *v;  // [slots][keys][width]
 };
 }
 
@@ -76,7 +71,7 @@ void rotate(float* x, const float* cosine, const float* sine, int width) {
 
 struct Scratch {
     Rounded x;
-    float *normed, *qkv, *attended, *gated, *parts;
+    float *normed, *qkv, *attended, *gated, *parts, *wide;  // wide: of each thread, what it made of codes
 };
 
 int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
@@ -116,20 +111,51 @@ template <int N> void weigh(const float* const* rows, size_t stride, const float
     UNROLLED for (int n = 0; n < N; ++n) store(y + d + 8 * n, totals[n]);
 }
 
+// Where a part's keys and values of one head are, as floats: the first of each eight. Eight positions lie in one page.
+struct Part {
+    const float* rows[2][PART / 8];
+    size_t stride;
+};
+
+// What one thread has made floats of codes: a part of one text and head, from its first position that was asked for to `end`
+struct Wide {
+    float* rows[2];  // [PART][width]
+    const int64_t* table = nullptr;
+    int64_t part = 0, end = 0;
+    int head = 0;
+
+    Part look(const Block& block, const Text& text, const Pages& pages, int h, int64_t from, int64_t low, int64_t high) {
+        const int width = block.width;
+        if (text.table != table || from != part || h != head) table = text.table, part = from, head = h, end = low;
+        Part found;
+        found.stride = pages.kind == FLOATS ? size_t(block.keys) * width : width;
+        for (int64_t position = low; position <= high; position += 8) {
+            const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+            for (int which = 0; which < 2; ++which) {
+                const Half& half = pages.half[which];
+                float* x = rows[which] + (position - from) * width;
+                if (pages.kind == FLOATS) x = (float*)half.codes + (slot * block.keys + h) * width;
+                else if (position >= end)
+                    for (int j = 0; j < 8; ++j)
+                        WIDEN_ROW[pages.kind](half, pages.own, (slot + j) * block.keys + h, h, width, x + j * width);
+                found.rows[which][(position - low) / 8] = x;
+            }
+        }
+        end = high / 8 * 8 + 8 > end ? high / 8 * 8 + 8 : end;
+        return found;
+    }
+};
+
 // For the queries of one group and a part of the text: [largest score, sum of weights, weighted sum of values] of each.
-// Eight positions lie in one page; those before the first or after the last are read with them and count nothing.
-void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int64_t part, float* out) {
-    const float *k_rows[PART / 8], *v_rows[PART / 8];
+// Positions before the first or after the last are read with the other ones of their eight and count nothing.
+void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int64_t part, Wide& wide,
+            float* out) {
     const int64_t from = part * PART, low = text.first > from ? text.first / 8 * 8 : from;
     const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
     const int eights = int((high - low) / 8) + 1, width = block.width, group = block.queries / block.keys;
-    const size_t stride = size_t(block.keys) * width;
-    for (int i = 0; i < eights; ++i) {
-        const int64_t position = low + 8 * i;
-        const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
-        k_rows[i] = pages.k + slot * stride + head * width;
-        v_rows[i] = pages.v + slot * stride + head * width;
-    }
+    const Part found = wide.look(block, text, pages, head, from, low, high);
+    const float *const *k_rows = found.rows[0], *const *v_rows = found.rows[1];
+    const size_t stride = found.stride;
     const int seen_from = int(text.first - low), seen_to = int(high - low);
     for (int g = 0; g < group; ++g, q += width, out += width + 2) {
         float p[PART];
@@ -178,21 +204,29 @@ void merge(const float* parts, int count, size_t stride, int width, float* out) 
 void attention(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const Scratch& s) {
     const int width = block.width, group = block.queries / block.keys, heads = block.queries + 2 * block.keys;
     const size_t unit = size_t(group) * (width + 2);
-    int64_t low = texts[0].first / PART, high = 0, turn = 0;
-    for (int b = 0; b < count; ++b) {
-        low = texts[b].first / PART < low ? texts[b].first / PART : low;
-        high = texts[b].position / PART > high ? texts[b].position / PART : high;
-    }
-    for (int head = 0; head < block.keys; ++head)
-        for (int64_t part = low; part <= high; ++part) {  // its keys stay near for all tokens of the text
-            size_t before = 0;
-            for (int b = 0; b < count; before += size_t(parts_of(texts[b])) * block.keys, ++b) {
-                const int64_t first = texts[b].first / PART;
-                if (part < first || part > texts[b].position / PART || turn++ % team.count != team.id) continue;
-                const float* q = s.qkv + (size_t(b) * heads + head * group) * width;
-                attend(block, texts[b], pages, q, head, part, s.parts + (before + (part - first) * block.keys + head) * unit);
+    int64_t units = 0, turn = 0;
+    for (int b = 0; b < count; ++b) units += parts_of(texts[b]) * block.keys;
+    const int64_t mine = units * team.id / team.count, end = units * (team.id + 1) / team.count;
+    Wide wide;
+    for (int which = 0; which < 2; ++which) wide.rows[which] = s.wide + size_t(2 * team.id + which) * PART * width;
+    size_t before = 0;
+    for (int b = 0, next; b < count; b = next) {  // a part stays near for all tokens of its text, which follow each other
+        for (next = b + 1; next < count && texts[next].table == texts[b].table;) ++next;
+        const int64_t last = texts[next - 1].position / PART;
+        for (int64_t part = texts[b].first / PART; part <= last; ++part)
+            for (int head = 0; head < block.keys; ++head) {
+                size_t at = before;
+                for (int i = b; i < next; at += size_t(parts_of(texts[i])) * block.keys, ++i) {
+                    const int64_t first = texts[i].first / PART;
+                    if (part < first || part > texts[i].position / PART) continue;
+                    if (turn >= mine && turn < end)
+                        attend(block, texts[i], pages, s.qkv + (size_t(i) * heads + head * group) * width, head, part, wide,
+                               s.parts + (at + (part - first) * block.keys + head) * unit);
+                    ++turn;
+                }
             }
-        }
+        for (; b < next; ++b) before += size_t(parts_of(texts[b])) * block.keys;
+    }
     BARRIER
     const int out = block.queries * width;
     team.share(count, [&](int b) {
@@ -223,8 +257,7 @@ void heads_of(const Team& team, const Block& block, const Pages& pages, const Te
         if (key < 0) return;
         const Text& text = texts[b];
         const int64_t slot = text.table[text.position / PAGE % text.pages] * PAGE + text.position % PAGE;
-        float* to = (key < block.keys ? pages.k : pages.v) + (slot * block.keys + key % block.keys) * width;
-        for (int d = 0; d < width; d += 8) store(to + d, load<Floats>(x + d));
+        keep_row(pages, pages.half[key / block.keys], slot * block.keys + key % block.keys, key % block.keys, width, x);
     });
 }
 
@@ -319,7 +352,7 @@ int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const 
 // hidden [count, channels] after these blocks; pages: of each block; texts [kinds][count]; cosine, sine [count, width].
 int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, const Text* texts, int32_t count,
                       const float* cosine, const float* sine, float* hidden) {
-    size_t widest = 0, qkv = 0, attended = 0, inner = 0, channels = 0, parts = 0;
+    size_t widest = 0, qkv = 0, attended = 0, inner = 0, channels = 0, parts = 0, wide = 0;
     const auto more = [](size_t& most, size_t value) { most = value > most ? value : most; };
     for (int i = 0; i < layers; ++i) {
         const Block& block = blocks[i];
@@ -328,16 +361,17 @@ int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, c
         more(parts, units * block.queries * (block.width + 2));
         more(qkv, block.qkv.rows), more(attended, block.o.columns), more(inner, block.down.columns);
         more(channels, block.qkv.columns);
+        if (pages[i].kind != FLOATS) more(wide, size_t(most_threads()) * 2 * PART * block.width);
     }
     more(widest, inner), more(widest, attended), more(widest, channels);
-    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts;
+    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts + wide;
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;
     s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
     s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
     s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
-    s.parts = memory.take<float>(parts);
+    s.parts = memory.take<float>(parts), s.wide = memory.take<float>(wide);
     parallel([&](const Team& team) {
         for (int i = 0; i < layers; ++i)
             step(team, blocks[i], pages[i], texts + size_t(blocks[i].kind) * count, count, cosine, sine, hidden, s);

@@ -248,6 +248,14 @@ struct Team {
     }
 };
 
+int most_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 template <class Do> void parallel(Do&& act) {
 #ifdef _OPENMP
 #pragma omp parallel
