@@ -30,7 +30,7 @@ ROWS, BLOCK = 8, 32
 ROUNDED = Inputs("int", True, BLOCK)  # what happens to the inputs of a grid that does not say
 _TYPES = {"pointer": ctypes.c_void_p, "int": ctypes.c_int32, "long": ctypes.c_int64, "float": ctypes.c_float}
 _HALVES = (torch.bfloat16, torch.float16, torch.float32)  # the C++'s numbers for them
-_KEPT = ("none", "fp8", "int8", "int4")
+_KEPT = (torch.float32, torch.bfloat16, "fp8", "int8", "int4")
 _SOURCE = Path(__file__).parent / "cpp" / "block.cpp"
 
 
@@ -81,7 +81,7 @@ class PagesStruct(ctypes.Structure):
     def __init__(self, k: Pages, v: Pages) -> None:
         """Of a layer's pages, which have to live as long."""
         self._tables: list[Tensor] = []
-        super().__init__(self._half(k), self._half(v), _KEPT.index(k.kind), k.own)
+        super().__init__(self._half(k), self._half(v), _KEPT.index(k.codes.dtype if k.grid is None else k.kind), k.own)
 
     def _half(self, pages: Pages) -> HalfStruct:
         parts = (pages.codes, pages.scale, pages.zero) if pages.own else (pages.codes, *self._spread(pages))

@@ -147,7 +147,9 @@ def proven(decoder: Decoder, model: Any, kinds: Sequence[LayerKind]) -> bool:
     ids_T = torch.randint(
         model.config.get_text_config().vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(2)
     )
-    floats = [LayerKind(kind.window) for kind in kinds]  # rounding would make the first proof's last bits more than that
+    floats = [
+        LayerKind(kind.window) for kind in kinds
+    ]  # rounding would make the first proof's last bits more than that
     caches = [PagedCache(some, TOKENS, chunk=1) for some in (floats, floats, kinds)]
     requests = [cache.admit(TOKENS) for cache in caches]
     for id_ in ids_T.split(1):

@@ -107,7 +107,7 @@ class Engine:
         if precision == "packed" and part is None:
             self._pack_outer()
             self._find_decoder()
-        if isinstance(self.decoder, GpuDecoder):
+        if self.decoder is not None:
             self.kinds = half_kinds(self.kinds)
 
     @property
@@ -270,7 +270,7 @@ class Engine:
             return
         library = native()
         if library is not None and len(blocks) == len(self.kinds):
-            self.decoder = find_decoder(self.model, blocks, self.kinds, library)
+            self.decoder = find_decoder(self.model, blocks, half_kinds(self.kinds), library)
 
     # What the layers cache, and the proof
 

@@ -189,9 +189,7 @@ def test_bench_reports_what_it_says(words: Path, tmp_path: Path) -> None:  # noq
     assert said["reference"]["kv_cache"] == "fp32"
     assert said["reference"]["weight_bytes_read_per_step"] > 2 * said["weight_bytes_read_per_step"]
     assert "decode, tokens/s" in done.err
-    assert (
-        said["kernels"] == {"w4a8": 8} and said["compiled"] and said["compiled_blocks"] == 0
-    )  # not with a cache of bytes
+    assert said["kernels"] == {"w4a8": 8} and said["compiled"] and said["compiled_blocks"] == 2
     assert said["reference"]["compiled"] is None and said["reference"]["kernels"] == {}
     assert infopt("bench", folder, "--prompt", 300).code == 2
     assert infopt("bench", folder, "--plot", tmp_path / "nowhere" / "plot.svg").code == 2

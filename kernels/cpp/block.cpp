@@ -5,7 +5,7 @@
 //
 // Legend: a team is the threads of one call; each takes a share of every loop.
 
-#include "pages.h"
+#include "attention.h"
 
 #include <algorithm>
 #include <functional>
@@ -15,36 +15,18 @@ extern "C" {
 struct Block {
     Linear qkv, o, gate_up, down;
     const float *norm, *mlp_norm, *q_norm, *k_norm;  // the last two may be null
-    float eps, mlp_eps, q_eps, k_eps, scaling;
-    int32_t queries, keys, width, act;  // heads, channels of one; act: see Act
-    int32_t kind;                       // which of a text's page tables it uses
+    float eps, mlp_eps, q_eps, k_eps;
+    Heads heads;
+    int32_t act, kind;  // see Act; which of a text's page tables it uses
 };
 
-struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
-    const int64_t* table;  // pages, used as a ring
-    int64_t pages, first, position;  // the first token that it sees, and its own place
-};
 }
 
 namespace {
 
-constexpr int PART = 64, PAGE = 16;
 enum Act { SILU, GELU_TANH };
 
 // Functions
-
-inline Floats exp8(Floats x) {  // 2^n * e^r with |r| <= ln 2 / 2, a polynomial; relative error below 3e-7
-    x = x < -87.0f ? Floats{} - 87.0f : x;
-    x = x > 88.0f ? Floats{} + 88.0f : x;
-    const Floats moved = x * 1.44269504f + 0x1.8p23f, n = moved - 0x1.8p23f;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    return p * (Floats)(((Ints)moved - 0x4b400000 + 127) << 23);
-}
 
 inline Floats activate(Floats x, int act) {
     const Floats inner = act == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
@@ -66,175 +48,49 @@ void rotate(float* x, const float* cosine, const float* sine, int width) {
     }
 }
 
-// Attention of one token: parts of 64 positions, each with its own maximum, put together at the end. Which parts there are
-// depends on the token's position alone, so its bits do not depend on what else is computed.
-
 struct Scratch {
     Rounded x;
-    float *normed, *qkv, *attended, *gated, *parts, *wide;  // wide: of each thread, what it made of codes
+    float *normed, *qkv, *attended, *gated, *parts, *desks;
 };
-
-int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
-
-// The sums of eight vectors, in one
-inline Floats sums(const Floats* x) {
-#ifdef __AVX2__
-    const __m256 a = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), b = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
-    const __m256 c = _mm256_hadd_ps((__m256)x[4], (__m256)x[5]), d = _mm256_hadd_ps((__m256)x[6], (__m256)x[7]);
-    const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
-    return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
-#else
-    return Floats{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3]), sum(x[4]), sum(x[5]), sum(x[6]), sum(x[7])};
-#endif
-}
-
-inline float most_of(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < 8; ++i) most = x[i] > most ? x[i] : most;
-    return most;
-}
-
-inline float most_of(const float* x, int count) {  // not those that are no numbers
-    Floats most = Floats{} - INFINITY;
-    int i = 0;
-    for (; i + 8 <= count; i += 8) most = load<Floats>(x + i) > most ? load<Floats>(x + i) : most;
-    for (; i < count; ++i) most[0] = x[i] > most[0] ? x[i] : most[0];
-    return most_of(most);
-}
-
-// N vectors of the weighted sum of values; rows: the first of each eight
-template <int N> void weigh(const float* const* rows, size_t stride, const float* p, int eights, int d, float* y) {
-    Floats totals[N] = {};
-    for (int i = 0; i < eights; ++i)
-        for (int j = 0; j < 8; ++j)
-            UNROLLED for (int n = 0; n < N; ++n) totals[n] += p[8 * i + j] * load<Floats>(rows[i] + j * stride + d + 8 * n);
-    UNROLLED for (int n = 0; n < N; ++n) store(y + d + 8 * n, totals[n]);
-}
-
-// Where a part's keys and values of one head are, as floats: the first of each eight. Eight positions lie in one page.
-struct Part {
-    const float* rows[2][PART / 8];
-    size_t stride;
-};
-
-// What one thread has made floats of codes: a part of one text and head, from its first position that was asked for to `end`
-struct Wide {
-    float* rows[2];  // [PART][width]
-    const int64_t* table = nullptr;
-    int64_t part = 0, end = 0;
-    int head = 0;
-
-    Part look(const Block& block, const Text& text, const Pages& pages, int h, int64_t from, int64_t low, int64_t high) {
-        const int width = block.width;
-        if (text.table != table || from != part || h != head) table = text.table, part = from, head = h, end = low;
-        Part found;
-        found.stride = pages.kind == FLOATS ? size_t(block.keys) * width : width;
-        for (int64_t position = low; position <= high; position += 8) {
-            const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
-            for (int which = 0; which < 2; ++which) {
-                const Half& half = pages.half[which];
-                float* x = rows[which] + (position - from) * width;
-                if (pages.kind == FLOATS) x = (float*)half.codes + (slot * block.keys + h) * width;
-                else if (position >= end)
-                    for (int j = 0; j < 8; ++j)
-                        WIDEN_ROW[pages.kind](half, pages.own, (slot + j) * block.keys + h, h, width, x + j * width);
-                found.rows[which][(position - low) / 8] = x;
-            }
-        }
-        end = high / 8 * 8 + 8 > end ? high / 8 * 8 + 8 : end;
-        return found;
-    }
-};
-
-// For the queries of one group and a part of the text: [largest score, sum of weights, weighted sum of values] of each.
-// Positions before the first or after the last are read with the other ones of their eight and count nothing.
-void attend(const Block& block, const Text& text, const Pages& pages, const float* q, int head, int64_t part, Wide& wide,
-            float* out) {
-    const int64_t from = part * PART, low = text.first > from ? text.first / 8 * 8 : from;
-    const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
-    const int eights = int((high - low) / 8) + 1, width = block.width, group = block.queries / block.keys;
-    const Part found = wide.look(block, text, pages, head, from, low, high);
-    const float *const *k_rows = found.rows[0], *const *v_rows = found.rows[1];
-    const size_t stride = found.stride;
-    const int seen_from = int(text.first - low), seen_to = int(high - low);
-    for (int g = 0; g < group; ++g, q += width, out += width + 2) {
-        float p[PART];
-        Floats most = Floats{} - INFINITY, total = {};
-        for (int i = 0; i < eights; ++i) {
-            const float* k = k_rows[i];
-            Floats products[8] = {};
-            for (int d = 0; d < width; d += 8) {
-                const Floats q_d = load<Floats>(q + d);
-                UNROLLED for (int j = 0; j < 8; ++j) products[j] += q_d * load<Floats>(k + j * stride + d);
-            }
-            const Ints place = Ints{0, 1, 2, 3, 4, 5, 6, 7} + 8 * i;
-            Floats scores = sums(products) * block.scaling;
-            scores = place < seen_from ? Floats{} - INFINITY : scores;
-            scores = place > seen_to ? Floats{} - INFINITY : scores;
-            store(p + 8 * i, scores);
-            most = scores > most ? scores : most;
-        }
-        const float highest = most_of(most);
-        for (int i = 0; i < eights; ++i) {
-            const Floats scores = load<Floats>(p + 8 * i);
-            const Floats weights = scores == -INFINITY ? Floats{} : exp8(scores - highest);
-            store(p + 8 * i, weights);
-            total += weights;
-        }
-        int d = 0;
-        for (; d + 64 <= width; d += 64) weigh<8>(v_rows, stride, p, eights, d, out + 2);
-        for (; d < width; d += 8) weigh<1>(v_rows, stride, p, eights, d, out + 2);
-        out[0] = highest, out[1] = sum(total);
-    }
-}
-
-void merge(const float* parts, int count, size_t stride, int width, float* out) {
-    float most = -INFINITY, total = 0;
-    for (int i = 0; i < count; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
-    for (int d = 0; d < width; ++d) out[d] = 0;
-    for (int i = 0; i < count; ++i) {
-        const float* part = parts + i * stride;
-        const float factor = std::exp(part[0] - most);
-        total += factor * part[1];
-        for (int d = 0; d < width; ++d) out[d] += factor * part[2 + d];
-    }
-    for (int d = 0; d < width; ++d) out[d] /= total;
-}
 
 void attention(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const Scratch& s) {
-    const int width = block.width, group = block.queries / block.keys, heads = block.queries + 2 * block.keys;
-    const size_t unit = size_t(group) * (width + 2);
+    const int width = block.heads.width, heads = block.heads.queries + 2 * block.heads.keys;
+    const size_t unit = size_t(block.heads.queries) * (width + 2);
     int64_t units = 0, turn = 0;
-    for (int b = 0; b < count; ++b) units += parts_of(texts[b]) * block.keys;
+    for (int b = 0; b < count; ++b) units += parts_of(texts[b]) * block.heads.keys;
     const int64_t mine = units * team.id / team.count, end = units * (team.id + 1) / team.count;
-    Wide wide;
-    for (int which = 0; which < 2; ++which) wide.rows[which] = s.wide + size_t(2 * team.id + which) * PART * width;
+    const size_t queries = block.heads.queries, desk_size = PART * (queries + 2 * size_t(block.heads.keys) * width);
+    float* const at_desk = s.desks + team.id * desk_size;
+    Desk desk{at_desk, {at_desk + PART * queries, at_desk + (desk_size + PART * queries) / 2}};
+    const auto run = pages.kind == BF16 ? attend<uint16_t> : attend<float>;
     size_t before = 0;
-    for (int b = 0, next; b < count; b = next) {  // a part stays near for all tokens of its text, which follow each other
+    for (int b = 0, next; b < count; b = next) {  // the tokens of a text follow each other
         for (next = b + 1; next < count && texts[next].table == texts[b].table;) ++next;
         const int64_t last = texts[next - 1].position / PART;
+        const int together = next - b > 1 ? 1 : block.heads.keys;  // one head's part stays near for all its tokens
         for (int64_t part = texts[b].first / PART; part <= last; ++part)
-            for (int head = 0; head < block.keys; ++head) {
+            for (int head = 0; head < block.heads.keys; head += together) {
                 size_t at = before;
-                for (int i = b; i < next; at += size_t(parts_of(texts[i])) * block.keys, ++i) {
+                for (int i = b; i < next; at += size_t(parts_of(texts[i])), ++i) {
                     const int64_t first = texts[i].first / PART;
                     if (part < first || part > texts[i].position / PART) continue;
-                    if (turn >= mine && turn < end)
-                        attend(block, texts[i], pages, s.qkv + (size_t(i) * heads + head * group) * width, head, part, wide,
-                               s.parts + (at + (part - first) * block.keys + head) * unit);
-                    ++turn;
+                    const int64_t start = std::max(mine, turn), stop = std::min(end, turn + together);
+                    if (start < stop)
+                        run(block.heads, texts[i], pages, s.qkv + size_t(i) * heads * width,
+                            {int(head + start - turn), int(head + stop - turn), part}, desk, s.parts + (at + part - first) * unit);
+                    turn += together;
                 }
             }
-        for (; b < next; ++b) before += size_t(parts_of(texts[b])) * block.keys;
+        for (; b < next; ++b) before += parts_of(texts[b]);
     }
     BARRIER
-    const int out = block.queries * width;
+    const int out = block.heads.queries * width;
     team.share(count, [&](int b) {
         size_t before = 0;
-        for (int i = 0; i < b; ++i) before += size_t(parts_of(texts[i])) * block.keys;
-        for (int q = 0; q < block.queries; ++q) {
-            const float* parts = s.parts + (before + q / group) * unit + size_t(q % group) * (width + 2);
-            merge(parts, parts_of(texts[b]), block.keys * unit, width, s.attended + size_t(b) * out + q * width);
+        for (int i = 0; i < b; ++i) before += parts_of(texts[i]);
+        for (int q = 0; q < block.heads.queries; ++q) {
+            const float* parts = s.parts + before * unit + size_t(q) * (width + 2);
+            merge(parts, parts_of(texts[b]), unit, width, s.attended + size_t(b) * out + q * width);
         }
         round_token(s.attended + size_t(b) * out, out, block.o.span, b, s.x);
     });
@@ -245,11 +101,11 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
 
 void heads_of(const Team& team, const Block& block, const Pages& pages, const Text* texts, int count, const float* cosine,
               const float* sine, const Scratch& s) {
-    const int width = block.width, heads = block.queries + 2 * block.keys;
+    const int width = block.heads.width, heads = block.heads.queries + 2 * block.heads.keys;
     team.share(count * heads, [&](int i) {
-        const int b = i / heads, head = i % heads, key = head - block.queries;
+        const int b = i / heads, head = i % heads, key = head - block.heads.queries;
         float* x = s.qkv + size_t(i) * width;
-        if (key < block.keys) {
+        if (key < block.heads.keys) {
             const float* weight = key < 0 ? block.q_norm : block.k_norm;
             if (weight) rms_norm(x, weight, width, key < 0 ? block.q_eps : block.k_eps, x);
             rotate(x, cosine + size_t(b) * width, sine + size_t(b) * width, width);
@@ -257,7 +113,7 @@ void heads_of(const Team& team, const Block& block, const Pages& pages, const Te
         if (key < 0) return;
         const Text& text = texts[b];
         const int64_t slot = text.table[text.position / PAGE % text.pages] * PAGE + text.position % PAGE;
-        keep_row(pages, pages.half[key / block.keys], slot * block.keys + key % block.keys, key % block.keys, width, x);
+        keep_row(pages, pages.half[key / block.heads.keys], slot * block.heads.keys + key % block.heads.keys, key % block.heads.keys, width, x);
     });
 }
 
@@ -352,26 +208,26 @@ int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const 
 // hidden [count, channels] after these blocks; pages: of each block; texts [kinds][count]; cosine, sine [count, width].
 int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, const Text* texts, int32_t count,
                       const float* cosine, const float* sine, float* hidden) {
-    size_t widest = 0, qkv = 0, attended = 0, inner = 0, channels = 0, parts = 0, wide = 0;
+    size_t widest = 0, qkv = 0, attended = 0, inner = 0, channels = 0, parts = 0, desk = 0;
     const auto more = [](size_t& most, size_t value) { most = value > most ? value : most; };
     for (int i = 0; i < layers; ++i) {
         const Block& block = blocks[i];
         size_t units = 0;
         for (int b = 0; b < count; ++b) units += parts_of(texts[block.kind * count + b]);
-        more(parts, units * block.queries * (block.width + 2));
+        more(parts, units * block.heads.queries * (block.heads.width + 2));
         more(qkv, block.qkv.rows), more(attended, block.o.columns), more(inner, block.down.columns);
         more(channels, block.qkv.columns);
-        if (pages[i].kind != FLOATS) more(wide, size_t(most_threads()) * 2 * PART * block.width);
+        more(desk, PART * (block.heads.queries + 2 * size_t(block.heads.keys) * block.heads.width));
     }
     more(widest, inner), more(widest, attended), more(widest, channels);
-    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts + wide;
+    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts + most_threads() * desk;
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;
     s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
     s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
     s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
-    s.parts = memory.take<float>(parts), s.wide = memory.take<float>(wide);
+    s.parts = memory.take<float>(parts), s.desks = memory.take<float>(most_threads() * desk);
     parallel([&](const Team& team) {
         for (int i = 0; i < layers; ++i)
             step(team, blocks[i], pages[i], texts + size_t(blocks[i].kind) * count, count, cosine, sine, hidden, s);

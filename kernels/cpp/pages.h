@@ -12,7 +12,7 @@
 extern "C" {
 
 struct Half {  // the keys, or the values
-    void* codes;  // [slots][keys][width], floats, a byte each, or half of one: the lower half is the even channel
+    void* codes;  // [slots][keys][width], fp32, bf16, a byte each, or half of one: the lower half is the even channel
     void *scale, *zero;  // own: bf16 and, where it is not always the middle, uint8, [slots][keys]; else float [keys][width]
 };
 
@@ -24,10 +24,10 @@ struct Pages {
 
 namespace {
 
-enum Kept { FLOATS, FP8, INT8, INT4 };
+enum Kept { FP32, BF16, FP8, INT8, INT4 };
 typedef uint8_t EightBytes __attribute__((vector_size(8)));
 
-constexpr float LEVELS[] = {0, 0, 255, 15}, MIDDLE[] = {0, 0, 128, 8};
+constexpr float LEVELS[] = {0, 0, 0, 255, 15}, MIDDLE[] = {0, 0, 0, 128, 8};
 
 inline Floats clamp(Floats x, Floats low, Floats high) {  // what is no number stays none
     x = x < low ? low : x;
@@ -35,10 +35,11 @@ inline Floats clamp(Floats x, Floats low, Floats high) {  // what is no number s
 }
 inline Floats nearest(Floats x) { return (x + 0x1.8p23f) - 0x1.8p23f; }  // below 2^22
 
-inline uint16_t to_bf16(float x) {
-    const uint32_t bits = load<uint32_t>(&x);
-    return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+inline EightHalves to_bf16(Floats x) {
+    const Ints bits = (Ints)x, code = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
+    return __builtin_convertvector(x == x ? code : code * 0 + 0x7fc0, EightHalves);
 }
+inline uint16_t to_bf16(float x) { return to_bf16(Floats{} + x)[0]; }
 inline float from_bf16(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
     return load<float>(&bits);
@@ -66,7 +67,11 @@ template <int KIND> inline Floats eight_of(const uint8_t* codes, int d) {
         const Ints all = Ints{} + load<int32_t>(codes + d / 2);
         return floats(all >> Ints{0, 4, 8, 12, 16, 20, 24, 28} & 15);
     }
+#ifdef __AVX2__
+    const Ints code = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(codes + d)));
+#else
     const Ints code = __builtin_convertvector(load<EightBytes>(codes + d), Ints);
+#endif
     return KIND == FP8 ? from_fp8(code) : floats(code);
 }
 
@@ -86,7 +91,7 @@ template <int KIND> void widen_row(const Half& half, bool own, size_t row, int h
 }
 
 typedef void (*WidenRow)(const Half&, bool, size_t, int, int, float*);
-constexpr WidenRow WIDEN_ROW[] = {nullptr, widen_row<FP8>, widen_row<INT8>, widen_row<INT4>};
+constexpr WidenRow WIDEN_ROW[] = {nullptr, nullptr, widen_row<FP8>, widen_row<INT8>, widen_row<INT4>};
 
 // The scale and zero point that `infopt.kv_cache.CacheGrid.range` takes from a token, stored
 void range_of(const Half& half, int kind, size_t row, const float* x, int width) {
@@ -107,8 +112,10 @@ void range_of(const Half& half, int kind, size_t row, const float* x, int width)
 }
 
 void keep_row(const Pages& pages, const Half& half, size_t row, int head, int width, const float* x) {
-    if (pages.kind == FLOATS) {
-        for (int d = 0; d < width; d += 8) store((float*)half.codes + row * width + d, load<Floats>(x + d));
+    if (pages.kind == FP32 || pages.kind == BF16) {
+        for (int d = 0; d < width; d += 8)
+            if (pages.kind == FP32) store((float*)half.codes + row * width + d, load<Floats>(x + d));
+            else store((uint16_t*)half.codes + row * width + d, to_bf16(load<Floats>(x + d)));
         return;
     }
     Floats scale = {}, zero = {};

@@ -1,0 +1,220 @@
+#pragma once
+
+// Attention of one new token over its text's pages.
+//
+// A text is cut into parts of 64 positions, each with its own maximum, which are put together at the end. Which parts there are
+// depends on the token's position alone, and so does the order of every sum: the bits do not depend on what else is computed.
+
+#include "pages.h"
+
+#include <type_traits>
+
+extern "C" {
+
+struct Heads {  // of a block
+    float scaling;
+    int32_t queries, keys, width;  // heads, and channels of one
+};
+
+struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
+    const int64_t* table;  // pages, used as a ring
+    int64_t pages, first, position;  // the first token that it sees, and its own place
+};
+}
+
+namespace {
+
+constexpr int PART = 64, PAGE = 16;
+
+int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
+
+inline Floats exp8(Floats x) {  // 2^n * e^r with |r| <= ln 2 / 2, a polynomial; relative error below 3e-7
+    x = x < -87.0f ? Floats{} - 87.0f : x;
+    x = x > 88.0f ? Floats{} + 88.0f : x;
+    const Floats moved = x * 1.44269504f + 0x1.8p23f, n = moved - 0x1.8p23f;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return p * (Floats)(((Ints)moved - 0x4b400000 + 127) << 23);
+}
+
+
+// The sums of eight vectors, in one
+inline Floats sums(const Floats* x) {
+#ifdef __AVX2__
+    const __m256 a = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), b = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+    const __m256 c = _mm256_hadd_ps((__m256)x[4], (__m256)x[5]), d = _mm256_hadd_ps((__m256)x[6], (__m256)x[7]);
+    const __m256 low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
+    return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+#else
+    return Floats{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3]), sum(x[4]), sum(x[5]), sum(x[6]), sum(x[7])};
+#endif
+}
+
+inline float most_of(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < 8; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+inline float most_of(const float* x, int count) {  // not those that are no numbers
+    Floats most = Floats{} - INFINITY;
+    int i = 0;
+    for (; i + 8 <= count; i += 8) most = load<Floats>(x + i) > most ? load<Floats>(x + i) : most;
+    for (; i < count; ++i) most[0] = x[i] > most[0] ? x[i] : most[0];
+    return most_of(most);
+}
+
+// What one thread needs beside: the scores of its queries, and what it has made floats of codes, which is some heads of a part
+// of one text, from the first position that was asked for to `end`.
+struct Desk {
+    float *scores, *wide[2];  // [queries][PART]; [PART][keys][width] of keys and of values
+    const int64_t* table = nullptr;
+    int64_t part = 0, end = 0;
+    int head = 0;
+};
+
+struct Some {  // heads of keys, and a part of a text, from the eight of its first position that is seen
+    int first, last;
+    int64_t part;
+};
+
+// Where these keys and values are, in fp32 or bf16 [eights][8][keys][width]. Eight positions lie in one page
+struct Rows {
+    const void* eights[2][PART / 8];
+
+    Rows(const Heads& heads, const Text& text, const Pages& pages, const Some& some, int64_t low, int64_t high, Desk& desk) {
+        const bool plain = pages.kind == FP32 || pages.kind == BF16;
+        const size_t size = size_t(heads.keys) * heads.width, bytes = size * (pages.kind == FP32 ? 4 : 2);
+        if (text.table != desk.table || some.part != desk.part || some.first != desk.head)
+            desk.table = text.table, desk.part = some.part, desk.head = some.first, desk.end = low;
+        for (int64_t position = low; position <= high; position += 8) {
+            const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+            for (int which = 0; which < 2; ++which) {
+                const Half& half = pages.half[which];
+                float* x = desk.wide[which] + position % PART * size;
+                eights[which][(position - low) / 8] = plain ? (const char*)half.codes + slot * bytes : (const char*)x;
+                for (int j = 0; !plain && position >= desk.end && j < 8; ++j)
+                    for (int h = some.first; h < some.last; ++h)
+                        WIDEN_ROW[pages.kind](half, pages.own, (slot + j) * heads.keys + h, h, heads.width,
+                                              x + j * size + h * heads.width);
+            }
+        }
+        desk.end = high / 8 * 8 + 8 > desk.end ? high / 8 * 8 + 8 : desk.end;
+    }
+};
+
+inline Floats eight(const float* x) { return load<Floats>(x); }
+inline Floats eight(const uint16_t* x) { return Bf16::widen(x); }
+
+// The products of G queries, which share what is read, with eight keys, into scores [G][PART]
+template <int G, class Value> void score(const Value* k, size_t stride, int width, const float* q, float scaling, float* p) {
+    constexpr int ROWS_AT_ONCE = G > 2 ? 4 : 8;
+    Floats products[G][8];
+    for (int first = 0; first < 8; first += ROWS_AT_ONCE, k += ROWS_AT_ONCE * stride) {
+        Floats some[G][ROWS_AT_ONCE] = {};
+        for (int d = 0; d < width; d += 8)
+            UNROLLED for (int j = 0; j < ROWS_AT_ONCE; ++j) {
+                const Floats k_d = eight(k + j * stride + d);
+                UNROLLED for (int g = 0; g < G; ++g) some[g][j] += load<Floats>(q + g * width + d) * k_d;
+            }
+        UNROLLED for (int g = 0; g < G; ++g)
+            UNROLLED for (int j = 0; j < ROWS_AT_ONCE; ++j) products[g][first + j] = some[g][j];
+    }
+    UNROLLED for (int g = 0; g < G; ++g) store(p + g * PART, sums(products[g]) * scaling);
+}
+
+// Eight values, weighted, are added to y [G][width + 2]
+template <int G, int N, class Value> void weigh(const Value* v, size_t stride, const float* p, int d, int width, float* y) {
+    Floats totals[G][N];
+    UNROLLED for (int g = 0; g < G; ++g)
+        UNROLLED for (int n = 0; n < N; ++n) totals[g][n] = load<Floats>(y + g * (width + 2) + d + 8 * n);
+    UNROLLED for (int j = 0; j < 8; ++j) {
+        Floats some[N];
+        UNROLLED for (int n = 0; n < N; ++n) some[n] = eight(v + j * stride + d + 8 * n);
+        UNROLLED for (int g = 0; g < G; ++g)
+            UNROLLED for (int n = 0; n < N; ++n) totals[g][n] += p[g * PART + j] * some[n];
+    }
+    UNROLLED for (int g = 0; g < G; ++g)
+        UNROLLED for (int n = 0; n < N; ++n) store(y + g * (width + 2) + d + 8 * n, totals[g][n]);
+}
+
+template <int G, class Value> void weigh(const Value* v, size_t stride, const float* p, int width, float* y) {
+    constexpr int N = G == 1 ? 8 : 4;
+    int d = 0;
+    for (; d + 8 * N <= width; d += 8 * N) weigh<G, N>(v, stride, p, d, width, y);
+    for (; d < width; d += 8) weigh<G, 1>(v, stride, p, d, width, y);
+}
+
+template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, how many); not three and one
+    for (int left = count, some; left; left -= some) {
+        some = left < 3 ? left : left == 4 ? 2 : 3;
+        if (some == 1) act(count - left, std::integral_constant<int, 1>());
+        if (some == 2) act(count - left, std::integral_constant<int, 2>());
+        if (some == 3) act(count - left, std::integral_constant<int, 3>());
+    }
+}
+
+// For the queries of some heads of keys and a part of the text: [largest score, sum of weights, weighted sum of values] of
+// each. All heads look at eight positions before any goes on: they lie side by side in memory. Positions before the first or
+// after the last are read with the other ones of their eight and count nothing.
+template <class Value>
+void attend(const Heads& heads, const Text& text, const Pages& pages, const float* q, const Some& some, Desk& desk, float* out) {
+    const int64_t from = some.part * PART, low = text.first > from ? text.first / 8 * 8 : from;
+    const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
+    const int eights = int((high - low) / 8) + 1, width = heads.width, group = heads.queries / heads.keys;
+    const int seen_from = int(text.first - low), seen_to = int(high - low);
+    const size_t stride = size_t(heads.keys) * width;
+    const Rows rows(heads, text, pages, some, low, high, desk);
+    for (int i = 0; i < eights; ++i)
+        for (int h = some.first; h < some.last; ++h)
+            in_threes(group, [&](int g, auto count) {
+                score<count>((const Value*)rows.eights[0][i] + h * width, stride, width, q + (h * group + g) * width,
+                             heads.scaling, desk.scores + (h * group + g) * PART + 8 * i);
+            });
+    for (int g = some.first * group; g < some.last * group; ++g) {
+        float *const p = desk.scores + g * PART, *const y = out + g * (width + 2);
+        Floats most = Floats{} - INFINITY, total = {};
+        for (int i = 0; i < eights; ++i) {
+            const Ints place = Ints{0, 1, 2, 3, 4, 5, 6, 7} + 8 * i;
+            Floats scores = load<Floats>(p + 8 * i);
+            scores = place < seen_from ? Floats{} - INFINITY : scores;
+            scores = place > seen_to ? Floats{} - INFINITY : scores;
+            store(p + 8 * i, scores);
+            most = scores > most ? scores : most;
+        }
+        const float highest = most_of(most);
+        for (int i = 0; i < eights; ++i) {
+            const Floats scores = load<Floats>(p + 8 * i);
+            const Floats weights = scores == -INFINITY ? Floats{} : exp8(scores - highest);
+            store(p + 8 * i, weights);
+            total += weights;
+        }
+        y[0] = highest, y[1] = sum(total);
+        for (int d = 0; d < width; d += 8) store(y + 2 + d, Floats{});
+    }
+    for (int i = 0; i < eights; ++i)
+        for (int h = some.first; h < some.last; ++h)
+            in_threes(group, [&](int g, auto count) {
+                weigh<count>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
+                             width, out + (h * group + g) * (width + 2) + 2);
+            });
+}
+
+void merge(const float* parts, int count, size_t stride, int width, float* out) {
+    float most = -INFINITY, total = 0;
+    for (int i = 0; i < count; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
+    for (int d = 0; d < width; ++d) out[d] = 0;
+    for (int i = 0; i < count; ++i) {
+        const float* part = parts + i * stride;
+        const float factor = std::exp(part[0] - most);
+        total += factor * part[1];
+        for (int d = 0; d < width; ++d) out[d] += factor * part[2 + d];
+    }
+    for (int d = 0; d < width; ++d) out[d] /= total;
+}
+
+}  // namespace
