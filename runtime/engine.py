@@ -69,9 +69,10 @@ def check_folder(folder: Path) -> None:
 class Engine:
     """A model that is ready to generate.
 
-    folder, precision, device: see `RuntimeModel`. cache: "stored" as the folder says (fp32 where it says nothing), or another
-    type. part: one rank's part of the model, whose other ranks are called in the same way at the same time. capture: see
-    `GpuDecoder`. Raises what the reader raises, and Unsupported for a model that cannot be run from such a cache.
+    folder, precision, device: see `RuntimeModel`. cache: another type than "stored", which is what the folder says; where it
+    says nothing, floats: in bf16 where all blocks are one call, else in fp32. part: one rank's part of the model, whose other
+    ranks are called in the same way at the same time. capture: see `GpuDecoder`. Raises what the reader raises, and Unsupported
+    for a model that cannot be run from such a cache.
     """
 
     def __init__(
