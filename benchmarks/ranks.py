@@ -1,6 +1,6 @@
 """How much faster is `infopt quantize` under torchrun, and is the result the same?
 
-The first blocks of a model by GPTQ, 4 bits, group 64, 64 windows of 512 tokens, and verified: by one process on one core,
+A model by GPTQ, 4 bits, group 64, 64 windows of 512 tokens, and verified: by one process on one core,
 and by two processes with one thread each, which may take 0.65 of its time. Seconds are the wall's, of the whole command,
 from torchrun's first import to the last written byte. Then the two results are compared. Their codes differ: statistics are
 sums in another order, a weight that lies between two codes may take the other one, and GPTQ lets all columns after it make
@@ -36,7 +36,7 @@ def main() -> int:
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), "--no-python"]
     with tempfile.TemporaryDirectory(prefix="infopt-ranks-", dir=options.scratch) as name:
         folder = Path(name)
-        model = cut(options.model, folder / "model", options.blocks)
+        model = cut(options.model, folder / "model", options.blocks) if options.blocks else options.model
         one = quantize(["taskset", "-c", "0"], model, folder / "one", options)
         many = quantize([sys.executable, *ranks], model, folder / "many", options)
         other = codes_apart(folder / "one", folder / "many")
@@ -53,7 +53,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--dataset", default="builtin", help="the calibration text; infopt's own if absent")
-    parser.add_argument("--blocks", type=int, default=6, help="so many of the model's first blocks")
+    parser.add_argument(
+        "--blocks", type=int, help="only so many of the first blocks: starting is then more of the time"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes beside the one")
     parser.add_argument("--scratch", type=Path, help="where to write; the system's temporary folder if absent")
     return parser.parse_args()

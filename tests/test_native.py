@@ -271,6 +271,23 @@ def test_a_texts_bits_do_not_depend_on_pieces_or_company(family: str, words: Pat
     assert answers(engine, asked, chunk=5) == answers(engine, asked) == answers(engine, asked, at_once=2) == alone
 
 
+@pytest.mark.parametrize("grid", [None, CACHES["int8 token"]])
+@torch.inference_mode()
+def test_what_an_earlier_text_left_is_not_read(grid: CacheGrid | None, engine: Engine, library: Native) -> None:
+    """Pages that are used again may hold what is no number."""
+    other, logits = with_cache(engine, grid, torch.bfloat16), []
+    other.decoder = Decoder(engine.model, engine.decoder.blocks, other.kinds, library) if engine.decoder else None
+    for fill in (0.0, float("nan")):
+        cache = other.cache(40)
+        for store in cache.stores:
+            for half in store.pages(*_shape(engine)):
+                (half.codes if half.scale is None else half.scale).fill_(fill)
+        request = cache.admit(40)
+        assert request is not None
+        logits.append(other.prefill(cache, request, prompts(37)[0]))
+    assert torch.isfinite(logits[0]).all() and torch.equal(*logits)
+
+
 # Faults: one line is changed, the library is compiled anew, and the comparison that passes above must fail
 
 FAULTS = {

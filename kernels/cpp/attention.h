@@ -7,6 +7,7 @@
 
 #include "pages.h"
 
+#include <algorithm>
 #include <type_traits>
 
 extern "C" {
@@ -77,7 +78,7 @@ struct Desk {
     int head = 0;
 };
 
-struct Some {  // heads of keys, and a part of a text, from the eight of its first position that is seen
+struct Some {  // heads of keys, and a part of a text
     int first, last;
     int64_t part;
 };
@@ -127,12 +128,18 @@ template <int G, class Value> void score(const Value* k, size_t stride, int widt
     UNROLLED for (int g = 0; g < G; ++g) store(p + g * PART, sums(products[g]) * scaling);
 }
 
-// Eight values, weighted, are added to y [G][width + 2]
-template <int G, int N, class Value> void weigh(const Value* v, size_t stride, const float* p, int d, int width, float* y) {
+// Of eight values those that are seen, weighted, are added to y [G][width + 2]. The others may be what an earlier text left
+// there, and no numbers.
+struct Seen {
+    int first, end;
+};
+
+template <int G, int N, class Value>
+void weigh(const Value* v, size_t stride, const float* p, Seen seen, int d, int width, float* y) {
     Floats totals[G][N];
     UNROLLED for (int g = 0; g < G; ++g)
         UNROLLED for (int n = 0; n < N; ++n) totals[g][n] = load<Floats>(y + g * (width + 2) + d + 8 * n);
-    UNROLLED for (int j = 0; j < 8; ++j) {
+    for (int j = seen.first; j < seen.end; ++j) {
         Floats some[N];
         UNROLLED for (int n = 0; n < N; ++n) some[n] = eight(v + j * stride + d + 8 * n);
         UNROLLED for (int g = 0; g < G; ++g)
@@ -142,11 +149,11 @@ template <int G, int N, class Value> void weigh(const Value* v, size_t stride, c
         UNROLLED for (int n = 0; n < N; ++n) store(y + g * (width + 2) + d + 8 * n, totals[g][n]);
 }
 
-template <int G, class Value> void weigh(const Value* v, size_t stride, const float* p, int width, float* y) {
+template <int G, class Value> void weigh(const Value* v, size_t stride, const float* p, Seen seen, int width, float* y) {
     constexpr int N = G == 1 ? 8 : 4;
     int d = 0;
-    for (; d + 8 * N <= width; d += 8 * N) weigh<G, N>(v, stride, p, d, width, y);
-    for (; d < width; d += 8) weigh<G, 1>(v, stride, p, d, width, y);
+    for (; d + 8 * N <= width; d += 8 * N) weigh<G, N>(v, stride, p, seen, d, width, y);
+    for (; d < width; d += 8) weigh<G, 1>(v, stride, p, seen, d, width, y);
 }
 
 template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, how many); not three and one
@@ -159,8 +166,7 @@ template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, 
 }
 
 // For the queries of some heads of keys and a part of the text: [largest score, sum of weights, weighted sum of values] of
-// each. All heads look at eight positions before any goes on: they lie side by side in memory. Positions before the first or
-// after the last are read with the other ones of their eight and count nothing.
+// each. All heads look at eight positions before any goes on: they lie side by side in memory.
 template <class Value>
 void attend(const Heads& heads, const Text& text, const Pages& pages, const float* q, const Some& some, Desk& desk, float* out) {
     const int64_t from = some.part * PART, low = text.first > from ? text.first / 8 * 8 : from;
@@ -200,7 +206,7 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
                 weigh<count>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
-                             width, out + (h * group + g) * (width + 2) + 2);
+                             {std::max(0, seen_from - 8 * i), std::min(8, seen_to + 1 - 8 * i)}, width, out + (h * group + g) * (width + 2) + 2);
             });
 }
 
