@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from infopt.runtime.engine import Engine
+from infopt.runtime.sampling import most_likely
 
 Run = Callable[[list[int], int], Iterator[float]]  # a prompt, steps -> seconds of the prompt, then of each step
 STEPS, CONTEXT, PREFILL = 32, 128, 512
@@ -88,7 +89,7 @@ def ours(engine: Engine, batch: int) -> Run:
         places = [place for _ in range(batch) if (place := cache.admit(len(prompt) + count)) is not None]
         yield timed(lambda: [engine.prefill(cache, place, prompt) for place in places])
         for _ in range(count):
-            yield timed(lambda: engine.advance(cache, places, torch.full((batch, 1), 7), fine=False).argmax(-1))
+            yield timed(lambda: most_likely(engine.advance(cache, places, torch.full((batch, 1), 7), fine=False)))
 
     return run
 

@@ -29,6 +29,7 @@ from infopt.plot import COLORS, Chart, svg
 from infopt.runtime.device import wait
 from infopt.runtime.engine import CHUNK, Engine, KVCache
 from infopt.runtime.paged import Request
+from infopt.runtime.sampling import most_likely
 
 CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
@@ -106,13 +107,13 @@ def measure(
     firsts, reading = [], []
     for place, ids in zip(places, ids_BT.tolist(), strict=True):
         began = time.perf_counter()
-        firsts.append(int(engine.prefill(pages, place, ids).argmax()))
+        firsts.append(int(most_likely(engine.prefill(pages, place, ids))))
         reading.append(time.perf_counter() - began)
     steps = []
     next_B1 = torch.tensor(firsts)[:, None]
     for _ in range(new_tokens - 1):
         began = time.perf_counter()
-        next_B1 = engine.advance(pages, places, next_B1, fine=False).argmax(-1)[:, None]
+        next_B1 = most_likely(engine.advance(pages, places, next_B1, fine=False))[:, None]
         wait(device)
         steps.append(time.perf_counter() - began)
     step = statistics.median(steps[_WARM_UP:] or steps)
