@@ -51,8 +51,7 @@ class Decoder:
         self._windows = list(dict.fromkeys(kind.window for kind in kinds))
         structs = [_struct(block, self._windows.index(kind.window)) for block, kind in zip(blocks, kinds, strict=True)]
         self._structs = (BlockStruct * len(structs))(*structs)
-        self._known: WeakKeyDictionary[PagedCache, tuple[ctypes.Array[PagesStruct], list[PagesStruct]]]
-        self._known = WeakKeyDictionary()
+        self._known = WeakKeyDictionary[PagedCache, tuple[ctypes.Array[PagesStruct], list[PagesStruct]]]()
 
     def __call__(self, ids_BQ: Tensor, step: Step) -> Tensor:
         """logits [B, V] of what follows these tokens, which are stored."""
@@ -147,9 +146,7 @@ def proven(decoder: Decoder, model: Any, kinds: Sequence[LayerKind]) -> bool:
     ids_T = torch.randint(
         model.config.get_text_config().vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(2)
     )
-    floats = [
-        LayerKind(kind.window) for kind in kinds
-    ]  # rounding would make the first proof's last bits more than that
+    floats = [LayerKind(kind.window) for kind in kinds]  # where nothing is rounded, for the narrow first proof
     caches = [PagedCache(some, TOKENS, chunk=1) for some in (floats, floats, kinds)]
     requests = [cache.admit(TOKENS) for cache in caches]
     for id_ in ids_T.split(1):

@@ -37,11 +37,11 @@ from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
 from infopt.runtime.decode import Decoder
 from infopt.runtime.decode import find as find_decoder
 from infopt.runtime.device import free_memory
-from infopt.runtime.gpu import GpuDecoder, HalfHead, half_kinds
+from infopt.runtime.gpu import GpuDecoder, HalfHead
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import CacheChoice, RuntimeModel
-from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
+from infopt.runtime.paged import LayerKind, PagedCache, Request, Step, half_kinds
 from infopt.runtime.rank import RankModel
 
 KVCache = Literal["stored", "float", "fp8", "int8", "int4"]
@@ -108,8 +108,6 @@ class Engine:
         if precision == "packed" and part is None:
             self._pack_outer()
             self._find_decoder()
-        if self.decoder is not None:
-            self.kinds = half_kinds(self.kinds)
 
     @property
     def positions(self) -> int | None:
@@ -263,15 +261,18 @@ class Engine:
 
     @torch.inference_mode()
     def _find_decoder(self) -> None:
-        """One call for all blocks, where they all allow it; see `runtime/decode.py` and `runtime/gpu.py`."""
+        """One call for all blocks, where they all allow it, with floats of a cache in bf16; see `runtime/decode.py` and
+        `runtime/gpu.py`."""
         blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
-        if self.device.type != "cpu":
-            if len(blocks) == len(self.kinds):
-                self.decoder = gpu.find(self.model, blocks, self.kinds, self.device, self._capture)
+        kinds = half_kinds(self.kinds)
+        if len(blocks) < len(kinds):
             return
-        library = native()
-        if library is not None and len(blocks) == len(self.kinds):
-            self.decoder = find_decoder(self.model, blocks, half_kinds(self.kinds), library)
+        if self.device.type != "cpu":
+            self.decoder = gpu.find(self.model, blocks, kinds, self.device, self._capture)
+        elif library := native():
+            self.decoder = find_decoder(self.model, blocks, kinds, library)
+        if self.decoder is not None:
+            self.kinds = kinds
 
     # What the layers cache, and the proof
 

@@ -19,7 +19,7 @@ Legend: B texts, Q new tokens of each, N tokens in any order, P pages, C width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from infopt.kernels import operators, reference
 from infopt.kernels.pages import PAGE, Pages
 from infopt.runtime.block import ODD, FusedBlock, Norm, rms_norm
-from infopt.runtime.paged import LayerKind, PagedCache, Request, Step
+from infopt.runtime.paged import LayerKind, PagedCache, Request, Step, half_kinds
 
 TYPE = torch.bfloat16
 TOLERANCE = 5e-2  # of bf16 against fp32 activations over a whole model, relative to the logits' norm
@@ -257,11 +257,6 @@ def act_name(act: nn.Module) -> str:
         if torch.allclose(function(x), wanted, rtol=1e-5, atol=1e-6):
             return name
     raise ValueError("an activation that the kernels do not have")
-
-
-def half_kinds(kinds: Sequence[LayerKind]) -> list[LayerKind]:
-    """Floats of a cache in bf16."""
-    return [replace(kind, dtype=TYPE) for kind in kinds]
 
 
 def find(

@@ -50,6 +50,11 @@ class LayerKind:
     dtype: torch.dtype = torch.float32
 
 
+def half_kinds(kinds: Sequence[LayerKind]) -> list[LayerKind]:
+    """The same with floats in bf16."""
+    return [replace(kind, dtype=torch.bfloat16) for kind in kinds]
+
+
 class PagedCache:
     """Pages for `requests` texts of `tokens` tokens at once, or more of shorter ones; `chunk` is the longest step.
 

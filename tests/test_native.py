@@ -250,7 +250,7 @@ def test_caches(name: str, engine: Engine, library: Native) -> None:
     look = torch.inference_mode()(find)
     assert look(engine.model, engine.decoder.blocks, other.kinds, library) is not None
     found = blocks_differ(other, library)
-    assert found[len(found) // 2] < 1e-5 and found[-1] < 5e-2
+    assert found[len(found) // 2] < 1e-5 and found[-1] < 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -346,13 +346,9 @@ def test_a_fault_shows(fault: str, engine: Engine, library: Native, tmp_path: Pa
     if name == "linear.h" and max(errors(faulty)) > 1e-4:
         return
     caches = ("int8 head", "int4 token with zero points") if name in ("pages.h", "attention.h") else ()
-    kept = all(kept_as_pages_would(engine, faulty, cache) for cache in caches)
     engines = [engine, *(with_cache(engine, CACHES[cache], torch.bfloat16) for cache in caches)]
-    assert (
-        not kept
-        or any(blocks_differ(one, faulty)[-1] > 5e-2 for one in engines[1:])
-        or blocks_differ(engine, faulty)[-1] > 1e-4
-    )
+    kept = all(kept_as_pages_would(engine, faulty, cache) for cache in caches)
+    assert not kept or max(blocks_differ(one, faulty)[-1] for one in engines) > 1e-4
 
 
 @pytest.mark.parametrize("target", ["-march=x86-64", pytest.param("-march=x86-64-v3", marks=pytest.mark.slow)])

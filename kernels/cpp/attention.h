@@ -27,6 +27,11 @@ namespace {
 
 constexpr int PART = 64, PAGE = 16;
 
+// Where a token of this text is
+inline int64_t slot_of(const Text& text, int64_t position) {
+    return text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+}
+
 int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
 
 inline Floats exp8(Floats x) {  // 2^n * e^r with |r| <= ln 2 / 2, a polynomial; relative error below 3e-7
@@ -41,7 +46,6 @@ inline Floats exp8(Floats x) {  // 2^n * e^r with |r| <= ln 2 / 2, a polynomial;
     p = p * r * r + r + 1.0f;
     return p * (Floats)(((Ints)moved - 0x4b400000 + 127) << 23);
 }
-
 
 // The sums of eight vectors, in one
 inline Floats sums(const Floats* x) {
@@ -59,14 +63,6 @@ inline float most_of(Floats x) {
     float most = x[0];
     for (int i = 1; i < 8; ++i) most = x[i] > most ? x[i] : most;
     return most;
-}
-
-inline float most_of(const float* x, int count) {  // not those that are no numbers
-    Floats most = Floats{} - INFINITY;
-    int i = 0;
-    for (; i + 8 <= count; i += 8) most = load<Floats>(x + i) > most ? load<Floats>(x + i) : most;
-    for (; i < count; ++i) most[0] = x[i] > most[0] ? x[i] : most[0];
-    return most_of(most);
 }
 
 // What one thread needs beside: the scores of its queries, and what it has made floats of codes, which is some heads of a part
@@ -93,7 +89,7 @@ struct Rows {
         if (text.table != desk.table || some.part != desk.part || some.first != desk.head)
             desk.table = text.table, desk.part = some.part, desk.head = some.first, desk.end = low;
         for (int64_t position = low; position <= high; position += 8) {
-            const int64_t slot = text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+            const int64_t slot = slot_of(text, position);
             for (int which = 0; which < 2; ++which) {
                 const Half& half = pages.half[which];
                 float* x = desk.wide[which] + position % PART * size;
@@ -128,12 +124,11 @@ template <int G, class Value> void score(const Value* k, size_t stride, int widt
     UNROLLED for (int g = 0; g < G; ++g) store(p + g * PART, sums(products[g]) * scaling);
 }
 
-// Of eight values those that are seen, weighted, are added to y [G][width + 2]. The others may be what an earlier text left
-// there, and no numbers.
-struct Seen {
+struct Seen {  // of eight positions; the others may hold what an earlier text left there, which need not be a number
     int first, end;
 };
 
+// The values that are seen, weighted, are added to y [G][width + 2]
 template <int G, int N, class Value>
 void weigh(const Value* v, size_t stride, const float* p, Seen seen, int d, int width, float* y) {
     Floats totals[G][N];
@@ -168,7 +163,8 @@ template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, 
 // For the queries of some heads of keys and a part of the text: [largest score, sum of weights, weighted sum of values] of
 // each. All heads look at eight positions before any goes on: they lie side by side in memory.
 template <class Value>
-void attend(const Heads& heads, const Text& text, const Pages& pages, const float* q, const Some& some, Desk& desk, float* out) {
+void attend(const Heads& heads, const Text& text, const Pages& pages, const float* q, const Some& some, Desk& desk,
+            float* out) {
     const int64_t from = some.part * PART, low = text.first > from ? text.first / 8 * 8 : from;
     const int64_t high = text.position < from + PART - 1 ? text.position : from + PART - 1;
     const int eights = int((high - low) / 8) + 1, width = heads.width, group = heads.queries / heads.keys;
@@ -205,8 +201,9 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
     for (int i = 0; i < eights; ++i)
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
+                const Seen seen{std::max(0, seen_from - 8 * i), std::min(8, seen_to + 1 - 8 * i)};
                 weigh<count>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
-                             {std::max(0, seen_from - 8 * i), std::min(8, seen_to + 1 - 8 * i)}, width, out + (h * group + g) * (width + 2) + 2);
+                             seen, width, out + (h * group + g) * (width + 2) + 2);
             });
 }
 

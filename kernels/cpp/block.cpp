@@ -75,9 +75,9 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
                     const int64_t first = texts[i].first / PART;
                     if (part < first || part > texts[i].position / PART) continue;
                     const int64_t start = std::max(mine, turn), stop = std::min(end, turn + together);
-                    if (start < stop)
-                        run(block.heads, texts[i], pages, s.qkv + size_t(i) * heads * width,
-                            {int(head + start - turn), int(head + stop - turn), part}, desk, s.parts + (at + part - first) * unit);
+                    const Some some{int(head + start - turn), int(head + stop - turn), part};
+                    const float* q = s.qkv + size_t(i) * heads * width;
+                    if (start < stop) run(block.heads, texts[i], pages, q, some, desk, s.parts + (at + part - first) * unit);
                     turn += together;
                 }
             }
@@ -111,9 +111,9 @@ void heads_of(const Team& team, const Block& block, const Pages& pages, const Te
             rotate(x, cosine + size_t(b) * width, sine + size_t(b) * width, width);
         }
         if (key < 0) return;
-        const Text& text = texts[b];
-        const int64_t slot = text.table[text.position / PAGE % text.pages] * PAGE + text.position % PAGE;
-        keep_row(pages, pages.half[key / block.heads.keys], slot * block.heads.keys + key % block.heads.keys, key % block.heads.keys, width, x);
+        const int of = key % block.heads.keys;
+        const int64_t row = slot_of(texts[b], texts[b].position) * block.heads.keys + of;
+        keep_row(pages, pages.half[key / block.heads.keys], row, of, width, x);
     });
 }
 
@@ -145,6 +145,14 @@ void step(const Team& team, const Block& block, const Pages& pages, const Text* 
     BARRIER
     project(team, block.down, s.x, count, hidden, true);
     BARRIER
+}
+
+inline float most_of(const float* x, int count) {  // not those that are no numbers
+    Floats most = Floats{} - INFINITY;
+    int i = 0;
+    for (; i + 8 <= count; i += 8) most = load<Floats>(x + i) > most ? load<Floats>(x + i) : most;
+    for (; i < count; ++i) most[0] = x[i] > most[0] ? x[i] : most[0];
+    return most_of(most);
 }
 
 }  // namespace
@@ -220,14 +228,15 @@ int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, c
         more(desk, PART * (block.heads.queries + 2 * size_t(block.heads.keys) * block.heads.width));
     }
     more(widest, inner), more(widest, attended), more(widest, channels);
-    const size_t columns = bunched(count) * widest, floats = count * (channels + qkv + attended + inner) + parts + most_threads() * desk;
+    const size_t columns = bunched(count) * widest, desks = most_threads() * desk;
+    const size_t floats = count * (channels + qkv + attended + inner) + parts + desks;
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;
     s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
     s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
     s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
-    s.parts = memory.take<float>(parts), s.desks = memory.take<float>(most_threads() * desk);
+    s.parts = memory.take<float>(parts), s.desks = memory.take<float>(desks);
     parallel([&](const Team& team) {
         for (int i = 0; i < layers; ++i)
             step(team, blocks[i], pages[i], texts + size_t(blocks[i].kind) * count, count, cosine, sine, hidden, s);

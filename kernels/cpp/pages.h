@@ -33,7 +33,8 @@ inline Floats clamp(Floats x, Floats low, Floats high) {  // what is no number s
     x = x < low ? low : x;
     return x > high ? high : x;
 }
-inline Floats nearest(Floats x) { return (x + 0x1.8p23f) - 0x1.8p23f; }  // below 2^22
+
+inline Ints whole(Floats x) { return (Ints)(x + 0x1.8p23f) - 0x4b400000; }  // the nearest; below 2^22
 
 inline EightHalves to_bf16(Floats x) {
     const Ints bits = (Ints)x, code = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
@@ -51,7 +52,7 @@ inline Ints to_fp8(Floats x) {
     x = clamp(x, Floats{} - 448, Floats{} + 448);
     const Ints sign = (Ints)x >> 24 & 0x80, bits = (Ints)x & 0x7fffffff;
     const Ints large = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - 960;
-    const Ints small = (Ints)((Floats)bits * 512 + 0x1.8p23f) - 0x4b400000;
+    const Ints small = whole((Floats)bits * 512);
     const Ints code = (Floats)bits < 0x1p-6f ? small : large;
     return sign | (bits > 0x7f800000 ? code * 0 + 0x7f : code);
 }
@@ -131,9 +132,8 @@ void keep_row(const Pages& pages, const Half& half, size_t row, int head, int wi
             zero = load<Floats>((const float*)half.zero + head * width + d);
         }
         const Floats value = load<Floats>(x + d) / scale;
-        const Ints code = pages.kind == FP8
-                              ? to_fp8(value)
-                              : (Ints)(nearest(clamp(value, -zero, LEVELS[pages.kind] - zero)) + zero + 0x1.8p23f) - 0x4b400000;
+        const Floats inside = clamp(value, -zero, LEVELS[pages.kind] - zero);
+        const Ints code = pages.kind == FP8 ? to_fp8(value) : whole(inside) + whole(zero);
         if (pages.kind == INT4) {
             for (int i = 0; i < 8; i += 2) codes[(d + i) / 2] = uint8_t((code[i] & 15) | (code[i + 1] & 15) << 4);
         } else {
