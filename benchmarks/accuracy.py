@@ -43,6 +43,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "KV int4": ("--method", "kv-cache", "--kv-cache", "int4"),
     "KV int8-token": ("--method", "kv-cache", "--kv-cache", "int8-token"),
     "KV int4-token": ("--method", "kv-cache", "--kv-cache", "int4-token"),
+    "KV fp8-balanced": ("--method", "kv-cache", "--kv-cache", "fp8-balanced"),
+    "KV int8-balanced": ("--method", "kv-cache", "--kv-cache", "int8-balanced"),
+    "KV int4-balanced": ("--method", "kv-cache", "--kv-cache", "int4-balanced"),
 }
 
 

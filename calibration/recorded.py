@@ -159,11 +159,14 @@ class Recorded:
                 f"the recipe says {recipe.min_expert_tokens}, by which other experts would have seen the whole batch",
                 f"--min-expert-tokens {about.min_expert_tokens}",
             )
-        if recipe.kv_cache and recipe.kv_cache.strategy != "token" and (rewrites or not about.cache):
+        cache = recipe.kv_cache
+        if cache and cache.calibrated and (rewrites or cache.balanced or not about.cache):
             raise UsageError(
                 f"{what} cannot give scales for this cache",
                 "steps of the recipe change the values that are kept in it"
                 if rewrites
+                else "they do not say what an error in it would do"
+                if cache.balanced
                 else "they hold no keys and values",
                 _WITHOUT,
             )
@@ -195,8 +198,8 @@ class Recorded:
                 raise BadInput(f"{self.folder / part_name(i)}: {space.name}", str(error), _AGAIN) from error
         return stats, self.digest
 
-    def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
-        """Keys and values as `Stream.watch_cache` gives them. Raises BadInput."""
+    def watch_cache(self, i: int, block: nn.Module, first: int = 0) -> dict[str, list[torch.Tensor]]:
+        """Keys and values as `Stream.watch_cache` gives them, of all tokens whatever `first` is. Raises BadInput."""
         infos = self._infos(i)
         try:
             seen = {which: [read_tensor(infos[f"cache/{which}"])] for which in "kv"}

@@ -22,6 +22,32 @@ _STRIDE = 32  # every so many tokens one goes into the sample, at first
 EVERYTHING = frozenset({"gram", "mean", "max", "sample"})
 
 
+class HeadSums:
+    """Sums over tokens of one layer's keys, or values, x and of derivatives g of the block's answer by them, float64.
+
+    sum [H, D], gram: of x^T x [H, D, D], felt: of g^T g [H, D, D]. tokens: how many."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        self.tokens = 0
+        self.sum_HD = torch.zeros(heads, width, dtype=torch.float64)
+        self.gram_HDD = torch.zeros(heads, width, width, dtype=torch.float64)
+        self.felt_HDD = torch.zeros_like(self.gram_HDD)
+
+    def add(self, x_BHTD: torch.Tensor, g_BHTD: torch.Tensor) -> None:
+        x_HND, g_HND = (part.double().transpose(0, 1).flatten(1, 2) for part in (x_BHTD, g_BHTD))
+        self.tokens += x_HND.shape[1]
+        self.sum_HD += x_HND.sum(1)
+        self.gram_HDD += x_HND.mT @ x_HND
+        self.felt_HDD += g_HND.mT @ g_HND
+
+    def unite(self, team: Team) -> HeadSums:
+        """The sums over all processes."""
+        self.tokens = team.total(self.tokens)
+        for part in (self.sum_HD, self.gram_HDD, self.felt_HDD):
+            team.add(part)
+        return self
+
+
 class InputStats:
     """Sums over the calibration inputs x_TC of one space, all fp32; only what `needs` names is gathered.
 

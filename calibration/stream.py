@@ -28,16 +28,17 @@ import torch
 from torch import nn
 
 from infopt.calibration.experts import spaces_of
+from infopt.calibration.felt import feel
 from infopt.calibration.hidden import ORIGINAL, RUN, HiddenFiles
 from infopt.calibration.lanes import LANES, Lanes
 from infopt.calibration.muted import muted
 from infopt.calibration.padding import check_causal, only_real, only_real_heads, real_tokens
 from infopt.calibration.paused import Arrival, Held, ParkingFile, Paused, stops
 from infopt.calibration.routed import RoutedLayer
-from infopt.calibration.stats import EVERYTHING, InputStats
+from infopt.calibration.stats import EVERYTHING, HeadSums, InputStats
 from infopt.errors import BadInput, Unsupported
 from infopt.experts import experts_in
-from infopt.kv_cache import WatchingCache, with_cache
+from infopt.kv_cache import LeafCache, WatchingCache, with_cache
 from infopt.memory import release
 from infopt.model import BlockCall, Skeleton
 from infopt.team import ALONE, Team
@@ -184,17 +185,26 @@ class Stream:
         return {name: stats.unite(self._team) for name, stats in _merged(lanes).items()}
 
     @torch.no_grad()
-    def watch_cache(self, i: int, block: nn.Module) -> dict[str, list[torch.Tensor]]:
-        """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows."""
-        self.cache = watching = WatchingCache()
+    def watch_cache(self, i: int, block: nn.Module, first: int = 0) -> dict[str, list[torch.Tensor]]:
+        """Some of the keys and values that block i would cache, by "k" and "v" [N, H, T, D], from a part of the windows; first:
+        the token of a window to begin with."""
+        self.cache = watching = WatchingCache(first=first)
         for _ in islice(self.outputs(i, block), _WATCHED):
             pass
         self.cache = None
-        real = [None if mask is None else mask[:, :: watching.stride] for mask in map(self.real, range(_WATCHED))]
+        real = [None if mask is None else mask[:, watching.some] for mask in map(self.real, range(_WATCHED))]
         return {
             which: [self._team.gather(torch.cat([only_real_heads(*part) for part in zip(parts, real, strict=False)]))]
             for which, parts in watching.seen.items()
         }
+
+    @torch.no_grad()
+    def feel_cache(self, i: int, block: nn.Module, first: int = 0) -> dict[str, HeadSums]:
+        """Sums of the same keys and values, all tokens from `first` on, and of derivatives by them (`calibration/felt.py`)."""
+        self.cache = leaf = LeafCache()
+        sums = feel(leaf, islice(self.outputs(i, block), _WATCHED), map(self.real, range(_WATCHED)), first)
+        self.cache = None
+        return {which: of.unite(self._team) for which, of in sums.items()}
 
     @torch.no_grad()
     def walk(

@@ -55,7 +55,10 @@ def quantize(
     ] = None,
     target_size: Annotated[Text, typer.Option(help="Mixed precision: size of the result, such as 3GB.")] = None,
     kv_cache: Annotated[
-        Text, typer.Option(help="Quantize the cache: fp8, int8, int4, int8-token or int4-token.")
+        Text,
+        typer.Option(
+            help="Quantize the cache: fp8, int8, int4, or one of these with -balanced; int8-token or int4-token."
+        ),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob or re:REGEX.")] = None,
     group_fallback: Annotated[

@@ -113,7 +113,9 @@ def _one_scale(group: list[Layer]) -> Iterator[Finding]:
 
 def kv_scales(model: Model) -> Iterator[Finding]:
     """Calibrated KV scales that are absent, partly absent, or stored where nobody looks are served as 1.0."""
-    asked = bool(model.quantization.get("kv_cache_scheme") or model.quantization.get("kv_cache_quant_algo"))
+    scheme = model.quantization.get("kv_cache_scheme")
+    dynamic = isinstance(scheme, dict) and scheme.get("dynamic") is True  # such scales are found while the model runs
+    asked = bool(scheme or model.quantization.get("kv_cache_quant_algo")) and not dynamic
     have: dict[str, set[str]] = {part: set() for part in _KV}
     for name, info in model.tensors.items():
         module, _, part = name.rpartition(".")

@@ -28,7 +28,7 @@ from infopt.qtensor import QTensor
 
 TRANSPOSED = "infopt_transposed"  # a key of ours in quantization_config, which engines ignore
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
-CACHE_SUFFIXES = tuple(f"{which}_{part}" for which in "kv" for part in ("scale", "zero_point"))
+CACHE_SUFFIXES = tuple(f"{which}_{part}" for which in "kv" for part in ("scale", "zero_point", "frame", "center"))
 Shape = tuple[int, int]
 
 
@@ -174,7 +174,7 @@ class QuantizedReader(CheckpointReader):
 
 
 def is_cache_tensor(name: str) -> bool:
-    """Whether a tensor is a scale or zero point of a key-value cache, and so no part of the dense model."""
+    """Whether a tensor belongs to a key-value cache, and so is no part of the dense model."""
     return name.rpartition(".")[2] in CACHE_SUFFIXES
 
 

@@ -11,6 +11,11 @@ hold. So any model that can use a cache can be run as if its cache were quantize
 
 The first three come from calibration and cost no memory per token.
 
+Two things bring four bits near to the float cache. A *balanced* cache keeps each head's keys and values in coordinates of its
+own (`Frame`), in which all channels vary alike and an error in any of them does equal harm (`quantizers/kv_cache.py` chooses
+them). And the first tokens of a text, its *sinks*, which every later one looks at (Xiao et al. 2023, arXiv:2309.17453), may be
+kept as they are, as KVQuant does (Hooper et al. 2024, arXiv:2401.18079), which costs nothing per token.
+
 Legend: B windows, H key-value heads, T tokens, D channels of a head.
 """
 
@@ -18,7 +23,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -34,12 +40,25 @@ _PARAMETERS = ("past_key_values", "layer_past")
 
 @dataclass(frozen=True)
 class CacheGrid:
-    """Integers of 4 or 8 bits, or E4M3; `strategy` says which values share a scale (see the module)."""
+    """Integers of 4 or 8 bits, or E4M3; `strategy` says which values share a scale. balanced: kept in calibrated coordinates.
+    sinks: so many tokens at the start of a text are kept as they are. See the module."""
 
     kind: Kind = "float"
     bits: int = 8
     strategy: Strategy = "tensor"
     symmetric: bool = True
+    balanced: bool = False
+    sinks: int = 0
+
+    @property
+    def static(self) -> bool:
+        """Whether scales come from calibration."""
+        return self.strategy != "token"
+
+    @property
+    def plain(self) -> bool:
+        """Whether pages hold what a layer hands over, every token of it."""
+        return not self.balanced and not self.sinks
 
     @property
     def grid(self) -> Grid:
@@ -68,11 +87,32 @@ class CacheGrid:
 
 
 @dataclass(frozen=True)
-class CacheScales:
-    """One layer's static scales and zero points, by "k" and "v"; each [1, H or 1, 1, D or 1], fp32. Empty if dynamic."""
+class Frame:
+    """Coordinates of each head's keys, or values: y = (x - center) into, x = y back + center. into [H, D, D] can be inverted;
+    center [H, D]; fp32."""
 
-    scale: Mapping[str, Tensor]
-    zero: Mapping[str, Tensor]
+    into_HDD: Tensor
+    center_HD: Tensor
+
+    @cached_property
+    def back_HDD(self) -> Tensor:
+        return torch.linalg.inv(self.into_HDD.double()).float()
+
+    def enter(self, x_BHTD: Tensor) -> Tensor:
+        return (x_BHTD - self.center_HD[:, None]) @ self.into_HDD
+
+    def leave(self, y_BHTD: Tensor) -> Tensor:
+        return y_BHTD @ self.back_HDD + self.center_HD[:, None]
+
+
+@dataclass(frozen=True)
+class CacheScales:
+    """What calibration says of one layer's cache, by "k" and "v": scales and zero points, each [1, H or 1, 1, D or 1], fp32,
+    empty where scales are dynamic; frames, empty where the cache is not balanced."""
+
+    scale: Mapping[str, Tensor] = field(default_factory=dict)
+    zero: Mapping[str, Tensor] = field(default_factory=dict)
+    frames: Mapping[str, Frame] = field(default_factory=dict)
 
     @staticmethod
     def unit(grid: CacheGrid) -> CacheScales:
@@ -82,34 +122,51 @@ class CacheScales:
 
 
 class RoundingCache:
-    """The part of transformers' cache that a layer calls; it keeps nothing, and rounds what passes."""
+    """The part of transformers' cache that a layer calls; it keeps nothing, and rounds what passes: texts from their start."""
 
     def __init__(self, grid: CacheGrid, scales: CacheScales | None = None) -> None:
-        if scales is None and grid.strategy != "token":
+        self._grid, self._scales = grid, scales or CacheScales()
+        if grid.static and not self._scales.scale:
             raise ValueError("static scales are missing")
-        self._grid, self._scales = grid, scales
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self._round("k", k_BHTD), self._round("v", v_BHTD)
 
     def _round(self, which: str, x_BHTD: Tensor) -> Tensor:
-        if self._scales is None or self._grid.strategy == "token":
-            scale, zero = self._grid.range(x_BHTD.float())
-        else:
+        frame, sinks = self._scales.frames.get(which), self._grid.sinks
+        y_BHTD = frame.enter(x_BHTD.float()) if frame else x_BHTD.float()
+        if self._grid.static:
             scale, zero = self._scales.scale[which], self._scales.zero[which]
-        return self._grid.round(x_BHTD, scale, zero).to(x_BHTD.dtype)
+        else:
+            scale, zero = self._grid.range(y_BHTD)
+        y_BHTD = self._grid.round(y_BHTD, scale, zero)
+        y_BHTD = (frame.leave(y_BHTD) if frame else y_BHTD).to(x_BHTD.dtype)
+        return torch.cat((x_BHTD[:, :, :sinks], y_BHTD[:, :, sinks:]), dim=2) if sinks else y_BHTD
 
 
 class WatchingCache:
-    """Gives everything back as it is and keeps some tokens' keys and values: `seen` by "k" and "v", [N, H, T, D]."""
+    """Gives everything back as it is and keeps some tokens' keys and values: `seen` by "k" and "v", [N, H, T, D]. first: the
+    token to begin with."""
 
-    def __init__(self, stride: int = 8) -> None:
+    def __init__(self, stride: int = 8, first: int = 0) -> None:
         self.seen: dict[str, list[Tensor]] = {"k": [], "v": []}
-        self.stride = stride
+        self.some = slice(first, None, stride)
 
     def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         for which, x_BHTD in (("k", k_BHTD), ("v", v_BHTD)):
-            self.seen[which].append(x_BHTD[:, :, :: self.stride].float().clone())
+            self.seen[which].append(x_BHTD[:, :, self.some].float().clone())
+        return k_BHTD, v_BHTD
+
+
+class LeafCache:
+    """Gives keys and values back as leaves of the graph that autograd builds: `leaves` by "k" and "v", of the last call."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, Tensor] = {}
+
+    def update(self, k_BHTD: Tensor, v_BHTD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        k_BHTD, v_BHTD = (x.detach().requires_grad_() for x in (k_BHTD, v_BHTD))
+        self.leaves = {"k": k_BHTD, "v": v_BHTD}
         return k_BHTD, v_BHTD
 
 

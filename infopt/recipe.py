@@ -58,12 +58,28 @@ class InputScheme(_Strict):
 
 class CacheScheme(_Strict):
     """The key-value cache: integers of 4 or 8 bits or floats of 8. strategy: what shares a scale; "token" is found while
-    the model runs, the others come from calibration."""
+    the model runs, the others come from calibration. balanced: kept in coordinates in which errors do little harm, also from
+    calibration. sinks: so many tokens at the start of each text are kept as they are."""
 
     type: Literal["int", "float"] = "float"
     bits: Literal[4, 8] = 8
     strategy: Literal["tensor", "head", "channel", "token"] = "tensor"
     symmetric: bool = True
+    balanced: bool = False
+    sinks: int = Field(default=0, ge=0, le=16)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything of it comes from calibration data."""
+        return self.balanced or self.strategy != "token"
+
+    @model_validator(mode="after")
+    def _only_ours(self) -> CacheScheme:
+        if (self.balanced or self.sinks) and self.strategy in ("tensor", "head"):
+            raise ValueError(
+                "servers read `strategy: tensor` and `head` as plain scales: with balanced or sinks take channel"
+            )
+        return self
 
 
 class Override(_Strict):
@@ -165,13 +181,17 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-#: The words of --kv-cache. "-token": a scale for each token and head, found while the model runs.
+#: The words of --kv-cache. "-token": a scale for each token and head, found while the model runs. "-balanced": in coordinates
+#: from calibration, the first token as it is.
 CACHES: dict[str, dict[str, Any]] = {
     "fp8": {"type": "float", "bits": 8, "strategy": "tensor", "symmetric": True},
     "int8": {"type": "int", "bits": 8, "strategy": "head", "symmetric": True},
     "int4": {"type": "int", "bits": 4, "strategy": "channel", "symmetric": False},
     "int8-token": {"type": "int", "bits": 8, "strategy": "token", "symmetric": True},
     "int4-token": {"type": "int", "bits": 4, "strategy": "token", "symmetric": False},
+    "fp8-balanced": {"type": "float", "bits": 8, "strategy": "channel", "balanced": True, "sinks": 1},
+    "int8-balanced": {"type": "int", "bits": 8, "strategy": "token", "balanced": True, "sinks": 1},
+    "int4-balanced": {"type": "int", "bits": 4, "strategy": "token", "symmetric": False, "balanced": True, "sinks": 1},
 }
 
 

@@ -104,6 +104,7 @@ def _cache_rows(cache: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     rows = [
         (name, "", f"perplexity {cache[key]['perplexity']:.4f}, KL {cache[key]['kl_mean']:.5f}")
         for key, name in (("float", "with a float cache"), ("unit", "with scales of 1 in the cache"))
+        if key in cache
     ]
     ours, theirs = cache["bytes_per_token"], cache["bytes_per_token_bf16"]
     size = ("cache, bytes per token", f"{theirs:,.0f}", f"{ours:,.0f} ({theirs / ours:.2f} times smaller)")

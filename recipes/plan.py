@@ -137,4 +137,6 @@ def _inputs(recipe: Recipe) -> Inputs | None:
 def cache_grid(recipe: Recipe) -> CacheGrid | None:
     """The type of the key-value cache, None for a float one."""
     cache = recipe.kv_cache
-    return CacheGrid(cache.type, cache.bits, cache.strategy, cache.symmetric) if cache else None
+    if cache is None:
+        return None
+    return CacheGrid(cache.type, cache.bits, cache.strategy, cache.symmetric, cache.balanced, cache.sinks)

@@ -22,11 +22,11 @@ from infopt.calibration.residual import find_residual, law_of
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
 from infopt.exporters.folder import model_config
+from infopt.hadamard import rotation
 from infopt.heads import Attention
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.residual import Residual
-from infopt.rewriters.hadamard import rotation
 from infopt.rewriters.rotate import Change, Rotated
 
 TOLERANCE = 1e-4  # relative, float32

@@ -36,7 +36,7 @@ from infopt.model import Skeleton
 from infopt.output import OutputFolder, free_space_check, merge_shards, write_json, write_manifest, write_safetensors
 from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
-from infopt.quantizers.kv_cache import choose_scales
+from infopt.quantizers.kv_cache import choose_frames, choose_scales
 from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Recipe
 from infopt.recipes import experts
@@ -263,9 +263,14 @@ class Run:
         return layers, onward, scales
 
     def _cache_scales(self, i: int, block: nn.Module) -> CacheScales | None:
-        if self.cache is None or self.cache.strategy == "token" or self._stream is None:
+        if self.cache is None or self._stream is None:
             return None
-        return choose_scales(self.cache, self._stream.watch_cache(i, block))
+        first, frames = self.cache.sinks, None
+        if self.cache.balanced and isinstance(self._stream, Stream):
+            frames = choose_frames(self._stream.feel_cache(i, block, first))
+        if self.cache.static:
+            return choose_scales(self.cache, self._stream.watch_cache(i, block, first), frames)
+        return CacheScales(frames=frames) if frames else None
 
     def stored_key(self, name: str) -> str:
         """The checkpoint's key of a planned layer's weight, by the layer's module path."""
@@ -388,7 +393,7 @@ def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
     """Whether calibration data must be read: for a step, for static scales of the cache, or to choose bits."""
     if recipe.target is not None:
         return True
-    return any(step.needs for step in steps) or (recipe.kv_cache is not None and recipe.kv_cache.strategy != "token")
+    return any(step.needs for step in steps) or (recipe.kv_cache is not None and recipe.kv_cache.calibrated)
 
 
 def needs_of(steps: list[Step]) -> frozenset[str]:

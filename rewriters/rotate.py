@@ -39,8 +39,8 @@ from torch import Tensor
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput
+from infopt.hadamard import Rotation
 from infopt.residual import NEUTRAL
-from infopt.rewriters.hadamard import Rotation
 from infopt.rewriters.target import changed_config
 from infopt.topology import Law
 

@@ -30,7 +30,8 @@ from infopt.kernels.native import PackedWeight
 from infopt.kv_cache import with_cache
 from infopt.model import BlockCall
 from infopt.qtensor import QTensor
-from infopt.runtime.paged import LayerKind, PagedCache, Step
+from infopt.runtime.paged import PagedCache, Step
+from infopt.runtime.store import LayerKind
 
 TOLERANCE = 2e-5  # relative to the largest value; fp32
 PROOF_TOKENS = 6

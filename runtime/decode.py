@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from infopt.kernels.native import BlockStruct, Native, PagesStruct, TextStruct
 from infopt.runtime.block import ODD, FusedBlock, Norm, rms_norm
-from infopt.runtime.paged import LayerKind, PagedCache, Step
+from infopt.runtime.paged import PagedCache, Step
+from infopt.runtime.store import LayerKind
 
 OUTER, INNER = 1e-4, 1e-2  # tolerances of the two proofs, relative
 TOKENS = 3

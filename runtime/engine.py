@@ -41,8 +41,9 @@ from infopt.runtime.gpu import GpuDecoder, HalfHead
 from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import CacheChoice, RuntimeModel
-from infopt.runtime.paged import LayerKind, PagedCache, Request, Step, half_kinds
+from infopt.runtime.paged import PagedCache, Request, Step, half_kinds
 from infopt.runtime.rank import RankModel
+from infopt.runtime.store import LayerKind
 
 KVCache = Literal["stored", "float", "fp8", "int8", "int4"]
 #: What a user asks for where nothing was calibrated: a scale for each token and head, taken when it is stored.
@@ -265,7 +266,7 @@ class Engine:
         `runtime/gpu.py`."""
         blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
         kinds = half_kinds(self.kinds)
-        if len(blocks) < len(kinds):
+        if len(blocks) < len(kinds) or not all(kind.grid is None or kind.grid.plain for kind in kinds):
             return
         if self.device.type != "cpu":
             self.decoder = gpu.find(self.model, blocks, kinds, self.device, self._capture)

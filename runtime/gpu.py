@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from infopt.kernels import operators, reference
 from infopt.kernels.pages import PAGE, Pages
 from infopt.runtime.block import ODD, FusedBlock, Norm, rms_norm
-from infopt.runtime.paged import LayerKind, PagedCache, Request, Step, half_kinds
+from infopt.runtime.paged import PagedCache, Request, Step, half_kinds
+from infopt.runtime.store import LayerKind
 
 TYPE = torch.bfloat16
 TOLERANCE = 5e-2  # of bf16 against fp32 activations over a whole model, relative to the logits' norm

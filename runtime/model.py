@@ -159,7 +159,7 @@ class RuntimeModel:
 
     def cache_scales(self, i: int) -> CacheScales | None:
         """The calibrated scales of block i's cache, None where there are none (a float cache, or dynamic scales)."""
-        if self.cache is not None and self._unit_cache and self.cache.strategy != "token":
+        if self.cache is not None and self._unit_cache and self.cache.static:
             return CacheScales.unit(self.cache)
         return stored_scales(self.skeleton, i, self.cache, self.reader)
 
@@ -222,7 +222,7 @@ class RuntimeModel:
 
 def stored_scales(skeleton: Skeleton, i: int, cache: CacheGrid | None, reader: CheckpointReader) -> CacheScales | None:
     """What the folder holds of block i's cache; see `RuntimeModel.cache_scales`."""
-    if cache is None or cache.strategy == "token":
+    if cache is None or not (cache.static or cache.balanced):
         return None
     block = skeleton.model.get_submodule(skeleton.blocks[i])
     path = skeleton.stored_path(i, attention_path(block))

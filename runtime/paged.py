@@ -6,7 +6,9 @@ window of W tokens gets pages for W tokens and one step, used as a ring (positio
 so its memory does not grow with the text.
 
 What is stored is what `infopt.kv_cache.CacheGrid` says, as bytes: floats, one byte a value (INT8, the bits of E4M3) or
-half of one (INT4), with scales of the calibration, or one of bf16 for each token and head. It is given back as fp32.
+half of one (INT4), with scales of the calibration, or one of bf16 for each token and head. It is given back as fp32. Pages of a
+balanced cache hold its own coordinates. What is kept of a text's first tokens as it is (`sinks`), in these coordinates too,
+belongs to the request.
 
 `Step` is the same for one forward pass of some requests. It is what transformers calls a cache: layers hand it their new
 keys and values and get those of the whole text. Requests of different lengths are padded on the left, with a page that
@@ -20,7 +22,7 @@ N tokens in any order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,26 +30,12 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from infopt.errors import OutOfResources, Unsupported
-from infopt.kernels.pages import PAGE, Pages
-from infopt.kv_cache import CacheGrid, CacheScales
+from infopt.errors import OutOfResources
+from infopt.kernels.pages import PAGE
+from infopt.runtime.store import LayerKind, Store
 
 _MOST_PAGES = 2**20
 _MASK = 2**22
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What one layer caches. window: how many tokens it sees, None for all. grid: how they are stored, None as floats.
-
-    scales: the calibrated ones, where the grid has such. heads: the only ones that are ever not zero, None for all. dtype: of
-    floats."""
-
-    window: int | None = None
-    grid: CacheGrid | None = None
-    scales: CacheScales | None = None
-    heads: tuple[int, ...] | None = None
-    dtype: torch.dtype = torch.float32
 
 
 def half_kinds(kinds: Sequence[LayerKind]) -> list[LayerKind]:
@@ -73,7 +61,7 @@ class PagedCache:
         self.kinds = tuple(kinds)
         self.chunk, self.device = chunk, device
         self.rings = {window: _Ring(window, tokens, requests, chunk) for window in {kind.window for kind in kinds}}
-        self.stores = [_Store(kind, self.rings[kind.window].slots) for kind in kinds]
+        self.stores = [Store(kind, self.rings[kind.window].slots) for kind in kinds]
 
     def admit(self, tokens: int) -> Request | None:
         """A place for a text of so many tokens, None where none is free now."""
@@ -99,6 +87,11 @@ class PagedCache:
             self.rings[window].give(table)
         request.tables = {}
 
+    @cached_property
+    def sinks(self) -> int:
+        """How many tokens at the start of a text are kept as they are."""
+        return max((kind.grid.sinks for kind in self.kinds if kind.grid is not None), default=0)
+
     @property
     def nbytes(self) -> int:
         """Bytes that are taken now, all pages of all layers."""
@@ -117,11 +110,13 @@ class PagedCache:
 
 @dataclass
 class Request:
-    """One text's place. tables: by window, the pages' numbers, int64. length: tokens stored."""
+    """One text's place. tables: by window, the pages' numbers, int64. length: tokens stored. sinks: its first tokens' keys and
+    values in all layers, [L, 2, tokens, H, D] fp32, where the cache keeps them as they are."""
 
     capacity: int
     tables: dict[int | None, Tensor]
     length: int = 0
+    sinks: Tensor | None = None
 
 
 class _Ring:
@@ -155,105 +150,17 @@ class _Ring:
         return self.free[start + count - 1] - self.free[start] == count - 1
 
 
-class _Store:
-    """The pages of one layer. They are made when the first keys and values show their shape."""
-
-    def __init__(self, kind: LayerKind, slots: int) -> None:
-        self.kind, self._slots = kind, slots
-        self._halves: dict[str, _Half] = {}
-
-    def write(self, where: Tensor | slice, which: str, x_NHD: Tensor) -> None:
-        if which not in self._halves:
-            self._halves[which] = _Half(self.kind, which, self._slots, x_NHD)
-        self._halves[which].write(where, x_NHD)
-
-    def read(self, where: Tensor | slice, which: str) -> Tensor:
-        return self._halves[which].read(where)
-
-    def pages(self, heads: int, width: int, device: torch.device | str = "cpu") -> tuple[Pages, Pages]:
-        """The pages of keys and of values themselves."""
-        if not self._halves:
-            like_NHD = torch.empty(0, heads, width, device=device)
-            self._halves = {which: _Half(self.kind, which, self._slots, like_NHD) for which in "kv"}
-        return self._halves["k"].pages, self._halves["v"].pages
-
-    def used(self) -> tuple[int, ...]:
-        """The heads whose keys or values were ever not zero."""
-        either_H = self._halves["k"].used() | self._halves["v"].used()
-        return tuple(either_H.nonzero().flatten().tolist())
-
-    def parts(self) -> Iterator[Tensor]:
-        return (part for half in self._halves.values() for part in half.parts())
-
-    def values_per_token(self) -> int:
-        return sum(half.values for half in self._halves.values())
-
-
-class _Half:
-    """The keys, or the values, of one layer, of the heads that are kept: `Pages`, with the other heads as zeros."""
-
-    def __init__(self, kind: LayerKind, which: str, slots: int, like_NHD: Tensor) -> None:
-        self._all, width = like_NHD.shape[1:]
-        self._kept = None if kind.heads is None else torch.tensor(kind.heads, device=like_NHD.device)
-        heads = self._all if kind.heads is None else len(kind.heads)
-        self.values = heads * width
-        if kind.grid is not None and kind.grid.bits == 4 and width % 2:
-            raise Unsupported(f"heads of {width} channels", "Two values of 4 bits share a byte.", "--kv-cache int8")
-        self.pages = _empty(slots, heads, width, kind, like_NHD.device)
-        if kind.scales is not None:
-            scale, zero = (self._static(part[which], like_NHD.device) for part in (kind.scales.scale, kind.scales.zero))
-            self.pages = replace(self.pages, scale=scale, zero=zero)
-
-    def _static(self, part: Tensor, device: torch.device) -> Tensor:
-        """[1, H or 1, 1, D or 1] of a calibration as [H or 1, D or 1], to go with [N, H, D]."""
-        each = part[0, :, 0].float().to(device)
-        return each if self._kept is None or len(each) == 1 else each[self._kept]
-
-    def parts(self) -> Iterator[Tensor]:
-        """What is stored for each token."""
-        yield self.pages.codes
-        yield from (part for part in (self.pages.scale, self.pages.zero) if part is not None and self.pages.own)
-
-    def write(self, where: Tensor | slice, x_NHD: Tensor) -> None:
-        self.pages.write(where, (x_NHD if self._kept is None else x_NHD[:, self._kept]).float())
-
-    def read(self, where: Tensor | slice) -> Tensor:
-        """fp32 [N, H, D]; a view of the pages where they are fp32 and neighbours."""
-        x_NHD = self.pages.read(where)
-        if self._kept is None:
-            return x_NHD
-        return x_NHD.new_zeros(len(x_NHD), self._all, x_NHD.shape[2]).index_copy_(1, self._kept, x_NHD)
-
-    def used(self) -> Tensor:
-        """bool [H]: the heads of which anything but zeros was stored; of floats."""
-        return self.pages.codes.ne(0).any(2).any(0)
-
-
-def _empty(slots: int, heads: int, width: int, kind: LayerKind, device: torch.device) -> Pages:
-    own = kind.grid is None or kind.grid.strategy == "token"
-    if not own and kind.scales is None:
-        raise ValueError("static scales are missing")
-    bits = 8 * kind.dtype.itemsize if kind.grid is None else kind.grid.bits
-    try:
-        if own:
-            return Pages.empty(slots, heads, width, kind.grid, kind.dtype, device)
-        return Pages(torch.zeros(slots, heads, width * bits // 8, dtype=torch.uint8, device=device), grid=kind.grid)
-    except (RuntimeError, MemoryError) as error:
-        size = slots * heads * width * bits / 8
-        raise OutOfResources(
-            f"no memory for {size / 1e9:.1f} GB of cache", "", "fewer tokens or requests, or --kv-cache int8"
-        ) from error
-
-
 @dataclass
 class _Plan:
-    """Where the layers with one window write and read in a step. offset: the text before the first token that is read."""
+    """Where the layers with one window write and read in a step. offset: the text before the first token that is read. reads:
+    the same for each request alone, without padding; firsts: the first token that each reads."""
 
     write: Tensor | slice
     read: Tensor | slice
     length: int
     offset: int
-    reads: list[Tensor | slice] = field(default_factory=list)  # the same for each request alone, without padding
+    reads: list[Tensor | slice]
+    firsts: list[int]
 
 
 class Step(Cache):
@@ -305,12 +212,22 @@ class Step(Cache):
         plan, store = self._plans[self.cache.kinds[layer].window], self.cache.stores[layer]
         store.write(plan.write, "k", k_NHD)
         store.write(plan.write, "v", v_NHD)
+        for i, request in enumerate(self.requests):
+            new = range(request.length, min(request.length + self.count, self.cache.sinks))
+            for which, x_NHD in (("k", k_NHD), ("v", v_NHD)) if new else ():
+                y_NHD = store.half(which).enter(x_NHD[i * self.count : i * self.count + len(new)])
+                if request.sinks is None:
+                    shape = (len(self.cache.stores), 2, self.cache.sinks, *y_NHD.shape[1:])
+                    request.sinks = torch.zeros(shape, device=y_NHD.device)
+                request.sinks[layer, "kv".index(which), new.start : new.stop] = y_NHD
 
     def each(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each request's own keys and values, [1, H, K of its own, D], without padding."""
         plan, store = self._plans[self.cache.kinds[layer].window], self.cache.stores[layer]
-        for where in plan.reads:
-            yield store.read(where, "k").transpose(0, 1)[None], store.read(where, "v").transpose(0, 1)[None]
+        for request, where, first in zip(self.requests, plan.reads, plan.firsts, strict=True):
+            halves = (self._with_sinks(store.read(where, which), request, first, layer, which) for which in "kv")
+            k_KHD, v_KHD = halves
+            yield k_KHD.transpose(0, 1)[None], v_KHD.transpose(0, 1)[None]
 
     def places(self, window: int | None, tokens: range) -> Iterator[tuple[int, int, int, int]]:
         """For the layers with this window, each request and these of its new tokens: its table's address and length, the first
@@ -352,26 +269,38 @@ class Step(Cache):
     def _read(self, layer: int, which: str, plan: _Plan, new_BHQD: Tensor) -> Tensor:
         batch, heads, _, width = new_BHQD.shape
         x_NHD = self.cache.stores[layer].read(plan.read, which)
+        for x_KHD, request, where, first in zip(
+            x_NHD.view(batch, plan.length, heads, width), self.requests, plan.reads, plan.firsts, strict=True
+        ):
+            self._with_sinks(x_KHD[plan.length - _count(where) :], request, first, layer, which)
         return x_NHD.view(batch, plan.length, heads, width).transpose(1, 2).to(new_BHQD.dtype)
+
+    def _with_sinks(self, x_KHD: Tensor, request: Request, first: int, layer: int, which: str) -> Tensor:
+        """A text's tokens from `first` on, those that are kept as they are in their places; in place."""
+        if request.sinks is not None and first < self.cache.sinks:
+            kept_NHD = request.sinks[layer, "kv".index(which), first : first + len(x_KHD)]
+            x_KHD[: len(kept_NHD)] = self.cache.stores[layer].half(which).leave(kept_NHD)
+        return x_KHD
 
     def _plan(self, window: int | None) -> _Plan:
         """Slots (page * PAGE + place in it) of what is written and read."""
-        writes, reads = [], []
+        writes, reads, firsts = [], [], []
         for request in self.requests:
             first = 0 if window is None else max(0, request.length - window + 1)
             end = request.length + self.count
+            firsts.append(first)
             reads.append(_slots(request.tables[window], first, end))
             writes.append(_slots(request.tables[window], request.length, end))
         offset = 0 if window is None else max(0, self.past - window + 1)
         length = self.past + self.count - offset
         here = [_on(self.cache.device, part) for part in reads]
         if len(reads) == 1:
-            return _Plan(_on(self.cache.device, writes[0]), here[0], length, offset, here)
+            return _Plan(_on(self.cache.device, writes[0]), here[0], length, offset, here, firsts)
         write = torch.cat([_indices(part) for part in writes])
         read_BK = torch.zeros(len(reads), length, dtype=torch.int64)
         for row_K, part in zip(read_BK, map(_indices, reads), strict=True):
             row_K[length - len(part) :] = part
-        return _Plan(write.to(self.cache.device), read_BK.flatten().to(self.cache.device), length, offset, here)
+        return _Plan(write.to(self.cache.device), read_BK.flatten().to(self.cache.device), length, offset, here, firsts)
 
 
 def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
@@ -382,6 +311,10 @@ def _slots(table: Tensor, first: int, end: int) -> Tensor | slice:
         return slice(start * PAGE + first % PAGE, start * PAGE + end - low * PAGE)
     position_N = torch.arange(first, end)
     return table[position_N // PAGE % count] * PAGE + position_N % PAGE
+
+
+def _count(slots: Tensor | slice) -> int:
+    return slots.stop - slots.start if isinstance(slots, slice) else len(slots)
 
 
 def _on(device: torch.device | str, slots: Tensor | slice) -> Tensor | slice:

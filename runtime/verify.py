@@ -31,7 +31,7 @@ from infopt.header import read_header
 from infopt.output import MANIFEST, update_manifest, write_json
 from infopt.runtime import integrity
 from infopt.runtime.integrity import Check
-from infopt.runtime.model import RuntimeModel
+from infopt.runtime.model import CacheChoice, RuntimeModel
 from infopt.runtime.quality import Comparison, compare, compare_each, perplexity
 from infopt.team import ALONE, Team
 
@@ -275,14 +275,16 @@ def _with_cache(
     start: Progress,
     team: Team,
 ) -> Verdict:
-    """The comparison with the cache as it is, with a float cache, and with scales of 1 (what is served without them)."""
-    models = [candidate, *(RuntimeModel(candidate.folder, cache=choice) for choice in ("float", "unit"))]
-    with start("comparing", len(original) + 3 * len(candidate)) as step:
-        quality, as_float, as_unit = compare_each(original, models, windows_NT, step, team)
+    """The comparison with the cache as it is, with a float cache, and, where scales are stored, with scales of 1 (what is
+    served without them)."""
+    stored = candidate.cache is not None and candidate.cache.static
+    choices: list[CacheChoice] = ["float", "unit"] if stored else ["float"]
+    models = [candidate, *(RuntimeModel(candidate.folder, cache=choice) for choice in choices)]
+    with start("comparing", len(original) + len(models) * len(candidate)) as step:
+        quality, *others = compare_each(original, models, windows_NT, step, team)
     ours, theirs = candidate.cache_bytes()
     report = {
-        "float": as_float.to_json(),
-        "unit": as_unit.to_json(),
+        **{choice: other.to_json() for choice, other in zip(choices, others, strict=True)},
         "bytes_per_token": ours,
         "bytes_per_token_bf16": theirs,
     }

@@ -18,7 +18,7 @@ from infopt.model import Skeleton
 from infopt.runtime.block import PROOF_TOKENS, FusedBlock, join, proven, rms_norm, try_fuse
 from infopt.runtime.engine import Engine
 from infopt.runtime.head import CANDIDATES, halved, pack_head
-from infopt.runtime.paged import LayerKind
+from infopt.runtime.store import LayerKind
 
 from .families import FAMILIES
 from .test_engine import answers, prompts, quantized, words  # noqa: F401

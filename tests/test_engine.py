@@ -108,9 +108,20 @@ def test_quantized_folders_against_full_recomputation(family: str, words: Path, 
     torch.testing.assert_close(last_V, logits_V, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+FEWER = {
+    "fp8": 2,
+    "int8": 2,
+    "int4": 4,
+    "fp8-balanced": 2,
+    "int8-balanced": 16 / (8 + 1),
+    "int4-balanced": 16 / (4 + 1.5),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
 def test_a_calibrated_cache_holds_what_verify_measured_in_fewer_bytes(name: str, words: Path, tmp_path: Path) -> None:
-    """Packed bytes, and the numbers of `RoundingCache`: 2, 2 and 4 times fewer than bf16, scales counted."""
+    """Packed bytes, and the numbers of `RoundingCache`: 2, 2 and 4 times fewer than bf16, scales counted (of 16 channels where
+    each token has its own). Of neighbours and in pieces too."""
     folder = quantized("llama", tmp_path, words, "--method", "rtn", "--kv-cache", name)
     prompt = prompts(21)[0]
     engine = Engine(folder)
@@ -121,9 +132,26 @@ def test_a_calibrated_cache_holds_what_verify_measured_in_fewer_bytes(name: str,
     torch.testing.assert_close(ours_V, wanted_V, rtol=1e-4, atol=1e-4)
     float_V = (plain := Engine(folder, cache="float")).prefill(floats := plain.cache(64), floats.admit(64), prompt)
     assert not torch.allclose(ours_V, float_V, rtol=1e-4, atol=1e-4)
-    assert cache.float_bytes_per_token / cache.bytes_per_token == {"fp8": 2, "int8": 2, "int4": 4}[name]
-    assert floats.nbytes / cache.nbytes == {"fp8": 4, "int8": 4, "int4": 8}[name]
+    assert cache.float_bytes_per_token / cache.bytes_per_token == pytest.approx(FEWER[name])
+    assert floats.nbytes / cache.nbytes == pytest.approx(2 * FEWER[name])
     assert engine.cache(64).nbytes == 0
+    asked = prompts(9, 21)
+    alone = [answers(engine, [prompt])[0] for prompt in asked]
+    assert answers(engine, asked) == alone
+    assert answers(engine, asked, chunk=5) == alone
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_first_tokens_that_a_window_has_left(family: str, words: Path, tmp_path: Path) -> None:
+    """They are kept as they are for as long as a layer sees them: the text again as a whole gives the same answer."""
+    folder = quantized(family, tmp_path, words, "--method", "kv-cache", "--kv-cache", "int4-balanced")
+    engine, prompt = Engine(folder), prompts(21)[0]
+    wanted, logits_V = recomputed(folder, prompt, 6)
+    cache = engine.cache(64, chunk=8)
+    place = cache.admit(64)
+    last_V = engine.prefill(cache, place, [*prompt, *wanted[:-1]])
+    torch.testing.assert_close(last_V, logits_V, rtol=1e-3, atol=1e-3)
+    assert place.sinks is not None and place.sinks.shape[2] == 1
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))

@@ -27,7 +27,8 @@ from infopt.kv_cache import CacheGrid, CacheScales
 from infopt.runtime.block import FusedBlock
 from infopt.runtime.decode import Decoder, find
 from infopt.runtime.engine import Engine
-from infopt.runtime.paged import LayerKind, Step
+from infopt.runtime.paged import Step
+from infopt.runtime.store import LayerKind
 
 from .test_engine import answers, prompts, quantized, words  # noqa: F401
 from .test_kernels import random_q, relative_error

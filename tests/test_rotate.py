@@ -16,11 +16,11 @@ from infopt.calibration.residual import find_residual, law_of
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
 from infopt.grid import Grid
+from infopt.hadamard import paley, rotation
 from infopt.model import Skeleton
 from infopt.quantizers.rounding import rounded
 from infopt.recipes import rotation as recipe
 from infopt.recipes.rotation import rotated
-from infopt.rewriters.hadamard import paley, rotation
 from infopt.rewriters.rotate import Rotated
 
 from .families import COMMON, GROUPED, make, randomise

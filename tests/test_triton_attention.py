@@ -12,7 +12,7 @@ from infopt.kernels import reference
 from infopt.kernels.pages import PAGE, Pages
 from infopt.kernels.triton import attention, cache, decode, numeric
 from infopt.kv_cache import CacheGrid, CacheScales
-from infopt.runtime import paged
+from infopt.runtime import store
 from tests.triton_tools import assert_caught, assert_close, planted, poisoned
 
 OWN = {
@@ -105,7 +105,7 @@ def test_the_runtime_hands_the_scales_of_a_calibration_to_its_pages() -> None:
     assert ours.scale is not None
     assert ours.zero is not None
     scales = CacheScales({"k": ours.scale[None, :, None]}, {"k": ours.zero[None, :, None]})
-    kept = paged._Half(paged.LayerKind(grid=grid, scales=scales), "k", 48, x)
+    kept = store.Half(store.LayerKind(grid=grid, scales=scales), "k", 48, x)
     kept.write(slots, x)
     ours.write(slots, x)
     assert torch.equal(ours.codes, next(kept.parts()))
