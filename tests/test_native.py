@@ -293,17 +293,17 @@ def test_what_an_earlier_text_left_is_not_read(grid: CacheGrid | None, engine: E
 
 FAULTS = {
     "a scale of another group": ("linear.h", "place += ROWS;", ""),
-    "no zero point": ("linear.h", "- zero[n / N] * x_sum[n % N]", ""),
-    "nibbles exchanged": ("linear.h", "a = half ? a >> 4 : a & 15,", "a = half ? a & 15 : a >> 4,"),
+    "no zero point": ("linear.h", "- zero[i / N] * x_sum[i % N]", ""),
+    "nibbles exchanged": ("linear.h", "a = half ? a >> 4 : a & 15;", "a = half ? a & 15 : a >> 4;"),
     "a register too few": ("linear.h", "for (int r = 0; r < BITS; ++r,", "for (int r = 0; r < BITS - 1; ++r,"),
     "not to the nearest": ("linear.h", "/ scale + 0x1.8p23f", "/ scale - 0.5f + 0x1.8p23f"),
-    "another token's scale": ("linear.h", "x_scale[n % N]", "x_scale[0]"),
+    "another token's scale": ("linear.h", "x_scale[i % N]", "x_scale[0]"),
     "another bunch of tokens": (
         "linear.h",
-        "size_t bunch = size_t(token / TOKENS) * blocks * TOKENS",
-        "size_t bunch = 0",
+        "bunch = size_t(token / TOKENS) * blocks * TOKENS",
+        "bunch = 0",
     ),
-    "the bias of another tile": ("linear.h", "(n < N ? t : other) * ROWS", "t * ROWS"),
+    "the bias of another tile": ("linear.h", "load<Floats>(bias + other * ROWS)", "load<Floats>(bias + t * ROWS)"),
     "half of the angles": ("block.cpp", "x[high] = b * cosine[high] + a * sine[high];", "x[high] = b * cosine[high];"),
     "a position too few": ("attention.h", "seen_to = int(high - low);", "seen_to = int(high - low) - 1;"),
     "parts as they are": ("attention.h", "std::exp(part[0] - most)", "1.0f"),
@@ -319,7 +319,17 @@ FAULTS = {
         "eight_of<KIND>(codes, d)) * scale",
     ),
     "stale floats": ("attention.h", "if (text.table != desk.table ||", "if (!desk.table ||"),
-    "up for gate": ("block.cpp", "activate(y[i], block.act) * y[n + i]", "activate(y[n + i], block.act) * y[i]"),
+    "up for gate": (
+        "block.cpp",
+        "activate(y[2 * i], block.act) * y[2 * i + 1]",
+        "activate(y[2 * i + 1], block.act) * y[2 * i]",
+    ),
+    "tiles exchanged": ("linear.h", "load<Bytes>(one), load<Bytes>(two)", "load<Bytes>(two), load<Bytes>(one)"),
+    "channels left out": (
+        "attention.h",
+        "for (int d = 0; d < width; d += WIDTH",
+        "for (int d = WIDTH<Vector>; d < width; d += WIDTH",
+    ),
 }
 
 

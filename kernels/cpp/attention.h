@@ -104,22 +104,37 @@ struct Rows {
     }
 };
 
-inline Floats eight(const float* x) { return load<Floats>(x); }
-inline Floats eight(const uint16_t* x) { return Bf16::widen(x); }
+// As many channels at once as a register holds; eight where a head is no multiple of that
+#ifdef __AVX512F__
+typedef float Lanes __attribute__((vector_size(64)));
+inline Lanes widen(const uint16_t* x, Lanes) {
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(x)), 16);
+}
+inline Floats folded(Lanes x) {
+    return (Floats)_mm512_castps512_ps256((__m512)x) + (Floats)_mm512_extractf32x8_ps((__m512)x, 1);
+}
+#else
+typedef Floats Lanes;
+#endif
+inline Floats widen(const uint16_t* x, Floats) { return Bf16::widen(x); }
+inline Floats folded(Floats x) { return x; }
+template <class Vector> inline Vector some_of(const float* x) { return load<Vector>(x); }
+template <class Vector> inline Vector some_of(const uint16_t* x) { return widen(x, Vector{}); }
+template <class Vector> constexpr int WIDTH = sizeof(Vector) / sizeof(float);
 
 // The products of G queries, which share what is read, with eight keys, into scores [G][PART]
-template <int G, class Value> void score(const Value* k, size_t stride, int width, const float* q, float scaling, float* p) {
-    constexpr int ROWS_AT_ONCE = G > 2 ? 4 : 8;
+template <int G, class Vector, class Value> void score(const Value* k, size_t stride, int width, const float* q, float scaling, float* p) {
+    constexpr int ROWS_AT_ONCE = G > 2 && WIDTH<Vector> == 8 ? 4 : 8;  // there are twice as many registers of 16
     Floats products[G][8];
     for (int first = 0; first < 8; first += ROWS_AT_ONCE, k += ROWS_AT_ONCE * stride) {
-        Floats some[G][ROWS_AT_ONCE] = {};
-        for (int d = 0; d < width; d += 8)
+        Vector some[G][ROWS_AT_ONCE] = {};
+        for (int d = 0; d < width; d += WIDTH<Vector>)
             UNROLLED for (int j = 0; j < ROWS_AT_ONCE; ++j) {
-                const Floats k_d = eight(k + j * stride + d);
-                UNROLLED for (int g = 0; g < G; ++g) some[g][j] += load<Floats>(q + g * width + d) * k_d;
+                const Vector k_d = some_of<Vector>(k + j * stride + d);
+                UNROLLED for (int g = 0; g < G; ++g) some[g][j] += load<Vector>(q + g * width + d) * k_d;
             }
         UNROLLED for (int g = 0; g < G; ++g)
-            UNROLLED for (int j = 0; j < ROWS_AT_ONCE; ++j) products[g][first + j] = some[g][j];
+            UNROLLED for (int j = 0; j < ROWS_AT_ONCE; ++j) products[g][first + j] = folded(some[g][j]);
     }
     UNROLLED for (int g = 0; g < G; ++g) store(p + g * PART, sums(products[g]) * scaling);
 }
@@ -129,26 +144,28 @@ struct Seen {  // of eight positions; the others may hold what an earlier text l
 };
 
 // The values that are seen, weighted, are added to y [G][width + 2]
-template <int G, int N, class Value>
+template <int G, int N, class Vector, class Value>
 void weigh(const Value* v, size_t stride, const float* p, Seen seen, int d, int width, float* y) {
-    Floats totals[G][N];
+    constexpr int lanes = WIDTH<Vector>;
+    Vector totals[G][N];
     UNROLLED for (int g = 0; g < G; ++g)
-        UNROLLED for (int n = 0; n < N; ++n) totals[g][n] = load<Floats>(y + g * (width + 2) + d + 8 * n);
+        UNROLLED for (int n = 0; n < N; ++n) totals[g][n] = load<Vector>(y + g * (width + 2) + d + lanes * n);
     for (int j = seen.first; j < seen.end; ++j) {
-        Floats some[N];
-        UNROLLED for (int n = 0; n < N; ++n) some[n] = eight(v + j * stride + d + 8 * n);
+        Vector some[N];
+        UNROLLED for (int n = 0; n < N; ++n) some[n] = some_of<Vector>(v + j * stride + d + lanes * n);
         UNROLLED for (int g = 0; g < G; ++g)
             UNROLLED for (int n = 0; n < N; ++n) totals[g][n] += p[g * PART + j] * some[n];
     }
     UNROLLED for (int g = 0; g < G; ++g)
-        UNROLLED for (int n = 0; n < N; ++n) store(y + g * (width + 2) + d + 8 * n, totals[g][n]);
+        UNROLLED for (int n = 0; n < N; ++n) store(y + g * (width + 2) + d + lanes * n, totals[g][n]);
 }
 
-template <int G, class Value> void weigh(const Value* v, size_t stride, const float* p, Seen seen, int width, float* y) {
-    constexpr int N = G == 1 ? 8 : 4;
+template <int G, class Vector, class Value>
+void weigh(const Value* v, size_t stride, const float* p, Seen seen, int width, float* y) {
+    constexpr int N = G == 1 ? 8 : 4, step = N * WIDTH<Vector>;
     int d = 0;
-    for (; d + 8 * N <= width; d += 8 * N) weigh<G, N>(v, stride, p, seen, d, width, y);
-    for (; d < width; d += 8) weigh<G, 1>(v, stride, p, seen, d, width, y);
+    for (; d + step <= width; d += step) weigh<G, N, Vector>(v, stride, p, seen, d, width, y);
+    for (; d < width; d += WIDTH<Vector>) weigh<G, 1, Vector>(v, stride, p, seen, d, width, y);
 }
 
 template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, how many); not three and one
@@ -162,7 +179,7 @@ template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, 
 
 // For the queries of some heads of keys and a part of the text: [largest score, sum of weights, weighted sum of values] of
 // each. All heads look at eight positions before any goes on: they lie side by side in memory.
-template <class Value>
+template <class Vector, class Value>
 void attend(const Heads& heads, const Text& text, const Pages& pages, const float* q, const Some& some, Desk& desk,
             float* out) {
     const int64_t from = some.part * PART, low = text.first > from ? text.first / 8 * 8 : from;
@@ -174,7 +191,7 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
     for (int i = 0; i < eights; ++i)
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
-                score<count>((const Value*)rows.eights[0][i] + h * width, stride, width, q + (h * group + g) * width,
+                score<count, Vector>((const Value*)rows.eights[0][i] + h * width, stride, width, q + (h * group + g) * width,
                              heads.scaling, desk.scores + (h * group + g) * PART + 8 * i);
             });
     for (int g = some.first * group; g < some.last * group; ++g) {
@@ -202,7 +219,7 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
                 const Seen seen{std::max(0, seen_from - 8 * i), std::min(8, seen_to + 1 - 8 * i)};
-                weigh<count>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
+                weigh<count, Vector>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
                              seen, width, out + (h * group + g) * (width + 2) + 2);
             });
 }

@@ -62,7 +62,9 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
     const size_t queries = block.heads.queries, desk_size = PART * (queries + 2 * size_t(block.heads.keys) * width);
     float* const at_desk = s.desks + team.id * desk_size;
     Desk desk{at_desk, {at_desk + PART * queries, at_desk + (desk_size + PART * queries) / 2}};
-    const auto run = pages.kind == BF16 ? attend<uint16_t> : attend<float>;
+    const bool eights = width % WIDTH<Lanes>;
+    const auto half = eights ? attend<Floats, uint16_t> : attend<Lanes, uint16_t>;
+    const auto run = pages.kind == BF16 ? half : eights ? attend<Floats, float> : attend<Lanes, float>;
     size_t before = 0;
     for (int b = 0, next; b < count; b = next) {  // the tokens of a text follow each other
         for (next = b + 1; next < count && texts[next].table == texts[b].table;) ++next;
@@ -138,7 +140,7 @@ void step(const Team& team, const Block& block, const Pages& pages, const Text* 
     normed(block.mlp_norm, block.mlp_eps, block.gate_up.span);
     each_pair(team, block.gate_up, inner / ROWS, s.x, count, [&](int t, int token, int n, const Floats* y) {
         for (int i = 0; i < n; ++i)
-            store(s.gated + size_t(token + i) * inner + t * ROWS, activate(y[i], block.act) * y[n + i]);
+            store(s.gated + size_t(token + i) * inner + t * ROWS, activate(y[2 * i], block.act) * y[2 * i + 1]);
     });
     BARRIER
     team.share(count, [&](int b) { round_token(s.gated + size_t(b) * inner, inner, block.down.span, b, s.x); });

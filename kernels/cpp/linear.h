@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -42,7 +43,7 @@ struct Linear {
 
 namespace {
 
-constexpr int ROWS = 8, BLOCK = 32, TOKENS = 4, CHUNK = 64;
+constexpr int ROWS = 8, BLOCK = 32, CHUNK = 64;
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
@@ -59,23 +60,45 @@ template <class T> inline void store(void* to, T value) { __builtin_memcpy(to, &
 inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
-// Sums of weight codes times activation codes, for eight rows
+// A pair of tiles lies in one register of 16 rows, or in PARTS of 8. N tokens are multiplied at once, as many as there are
+// registers for: TOKENS. And sums of weight codes times activation codes, for the rows of a register
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+
+constexpr int PARTS = 1, TOKENS = 8;
+
+#else
+
+constexpr int PARTS = 2, TOKENS = 4;
+
+#endif
+
+typedef float WideFloats __attribute__((vector_size(64 / PARTS)));
+typedef int32_t WideInts __attribute__((vector_size(64 / PARTS)));
+typedef uint8_t WideBytes __attribute__((vector_size(64 / PARTS)));
+
+template <class Wide, class Half> inline Wide part(int p, Half one, Half two) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (Wide)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)one), (__m256i)two, 1);
+#else
+    return p ? two : one;
+#endif
+}
 
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 
 constexpr int SHIFT = 0;  // what was taken from a code of 8 bits before it is multiplied
-inline Ints multiply(Ints total, Bytes w, const int8_t* x) {
-    const __m256i x_all = _mm256_set1_epi32(load<int32_t>(x));
+inline WideInts multiply(WideInts total, WideBytes w, const int8_t* x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return (Ints)_mm256_dpbusd_epi32((__m256i)total, (__m256i)w, x_all);
+    return (WideInts)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, _mm512_set1_epi32(load<int32_t>(x)));
 #else
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)w, x_all);
+    return (WideInts)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)w, _mm256_set1_epi32(load<int32_t>(x)));
 #endif
 }
 template <int BITS> struct Sum {
-    Ints sums = {};
-    void add(Bytes w, const int8_t* x) { sums = multiply(sums, BITS == 8 ? w ^ 128 : w, x); }
-    Ints total() const { return sums; }
+    WideInts sums = {};
+    void add(WideBytes w, const int8_t* x) { sums = multiply(sums, BITS == 8 ? w ^ 128 : w, x); }
+    WideInts total() const { return sums; }
 };
 
 #elif defined(__AVX2__)
@@ -186,60 +209,70 @@ void round_token(const float* x, int columns, int span, int token, const Rounded
     }
 }
 
-// Two tiles times N tokens: y[0 .. N - 1] of tile t, y[N .. 2 N - 1] of the other
+// Two tiles times N tokens: y[2 n] of tile t, y[2 n + 1] of the other
 
 template <int BITS, class Scale, int N>
 void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Floats* y) {
     const int blocks = w.columns / BLOCK, groups = blocks / w.group, bytes = BITS * 32;
     const uint8_t *one = w.codes + size_t(t) * blocks * bytes, *two = w.codes + size_t(other) * blocks * bytes;
     const size_t ahead = size_t(other == t + 1 ? 2 : 1) * blocks * bytes;  // the next two tiles are on their way meanwhile
-    size_t places[2] = {size_t(t) * groups * ROWS, size_t(other) * groups * ROWS};
-    const size_t bunch = size_t(token / TOKENS) * blocks * TOKENS;
+    const char *scales = (const char*)w.scale, *zeros = (const char*)w.zero;
+    size_t place = size_t(t) * groups * ROWS;
+    const size_t apart = size_t(other - t) * groups * ROWS, bunch = size_t(token / TOKENS) * blocks * TOKENS;
     const int8_t* codes = x.codes + bunch * BLOCK;
     const float *x_scale = x.scale + bunch, *x_sum = x.sum + bunch;
-    Floats totals[2 * N], scale[2], zero[2];
-    UNROLLED for (int n = 0; n < 2 * N; ++n)
-        totals[n] = w.bias ? load<Floats>(w.bias + (n < N ? t : other) * ROWS) : Floats{};
+    WideFloats totals[PARTS * N], scale[PARTS], zero[PARTS];
+    UNROLLED for (int i = 0; i < PARTS * N; ++i) {
+        const float* bias = w.bias;
+        totals[i] = bias ? part<WideFloats>(i / N, load<Floats>(bias + t * ROWS), load<Floats>(bias + other * ROWS)) : WideFloats{};
+    }
+    UNROLLED for (int p = 0; p < PARTS; ++p) zero[p] = WideFloats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
     for (int b = 0, left = 0; b < blocks; ++b, --left, codes += TOKENS * BLOCK, x_scale += TOKENS, x_sum += TOKENS) {
         if (left == 0) {
             left = w.group;
-            UNROLLED for (int i = 0; i < 2; ++i) {
-                size_t& place = places[i];
-                scale[i] = Scale::widen((const char*)w.scale + place * Scale::size);
-                zero[i] = Floats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
-                if (w.zero) zero[i] = Bf16::widen((const char*)w.zero + place * Bf16::size) - (BITS == 4 ? 0.0f : SHIFT);
-                place += ROWS;
+            UNROLLED for (int p = 0; p < PARTS; ++p) {
+                const auto both = [&](auto type, const char* from) {
+                    constexpr int size = decltype(type)::size;
+                    return part<WideFloats>(p, type.widen(from + place * size), type.widen(from + (place + apart) * size));
+                };
+                scale[p] = both(Scale(), scales);
+                if (zeros) zero[p] = both(Bf16(), zeros) - (BITS == 4 ? 0.0f : SHIFT);
             }
+            place += ROWS;
         }
         UNROLLED for (int i = 0; i < BITS * 32; i += 64)
             __builtin_prefetch(one + ahead + i, 0, 2), __builtin_prefetch(two + ahead + i, 0, 2);
-        Sum<BITS> sums[2 * N];
+        Sum<BITS> sums[PARTS * N];
         for (int r = 0; r < BITS; ++r, one += 32, two += 32) {
-            UNROLLED for (int half = 0; half < 8 / BITS; ++half) {
-                Bytes a = load<Bytes>(one), c = load<Bytes>(two);
-                if (BITS == 4) a = half ? a >> 4 : a & 15, c = half ? c >> 4 : c & 15;
-                UNROLLED for (int n = 0; n < N; ++n) {
-                    const int8_t* four = codes + n * BLOCK + 16 * half + 4 * r;
-                    sums[n].add(a, four), sums[N + n].add(c, four);
-                }
+            UNROLLED for (int i = 0; i < 8 / BITS * PARTS; ++i) {
+                const int p = i % PARTS, half = i / PARTS;
+                WideBytes a = part<WideBytes>(p, load<Bytes>(one), load<Bytes>(two));
+                if (BITS == 4) a = half ? a >> 4 : a & 15;
+                UNROLLED for (int n = 0; n < N; ++n) sums[p * N + n].add(a, codes + n * BLOCK + 16 * half + 4 * r);
             }
         }
-        UNROLLED for (int n = 0; n < 2 * N; ++n) {
-            const Floats exact = floats(sums[n].total()) - zero[n / N] * x_sum[n % N];
-            totals[n] += (scale[n / N] * x_scale[n % N]) * exact;
+        UNROLLED for (int i = 0; i < PARTS * N; ++i) {
+            const WideFloats exact = __builtin_convertvector(sums[i].total(), WideFloats) - zero[i / N] * x_sum[i % N];
+            totals[i] += (scale[i / N] * x_scale[i % N]) * exact;
         }
     }
-    UNROLLED for (int n = 0; n < 2 * N; ++n) y[n] = totals[n];
+    UNROLLED for (int i = 0; i < PARTS * N; ++i) store(y + 2 * (i % N) + i / N, totals[i]);
 }
 
 typedef void (*Tiles)(const Linear&, int, int, const Rounded&, int, Floats*);
 template <int BITS, class Scale>
-constexpr Tiles TILES[] = {tiles<BITS, Scale, 1>, tiles<BITS, Scale, 2>, tiles<BITS, Scale, 3>, tiles<BITS, Scale, 4>};
+struct Passes {  // of 1, 2 .. TOKENS tokens
+    template <size_t... N> static const Tiles* all(std::index_sequence<N...>) {
+        static constexpr Tiles each[] = {tiles<BITS, Scale, N + 1>...};
+        return each;
+    }
+    static const Tiles* all() { return all(std::make_index_sequence<TOKENS>()); }
+};
 
-const Tiles* tiles_of(const Linear& w) {
-    if (w.bits == 4) return w.scale_type == 0 ? TILES<4, Bf16> : w.scale_type == 1 ? TILES<4, Fp16> : TILES<4, Fp32>;
-    return w.scale_type == 0 ? TILES<8, Bf16> : w.scale_type == 1 ? TILES<8, Fp16> : TILES<8, Fp32>;
+template <int BITS> const Tiles* tiles_of(int type) {
+    return type == 0 ? Passes<BITS, Bf16>::all() : type == 1 ? Passes<BITS, Fp16>::all() : Passes<BITS, Fp32>::all();
 }
+const Tiles* tiles_of(const Linear& w) { return w.bits == 4 ? tiles_of<4>(w.scale_type) : tiles_of<8>(w.scale_type); }
 
 struct Team {
     int id = 0, count = 1;
@@ -287,8 +320,8 @@ void each_pair(const Team& team, const Linear& w, int apart, const Rounded& x, i
 void project(const Team& team, const Linear& w, const Rounded& x, int tokens, float* y, bool add) {
     each_pair(team, w, 1, x, tokens, [&](int t, int token, int n, const Floats* values) {
         for (int i = 0; i < 2 * n; ++i) {
-            const int row = (i < n ? t : t + 1) * ROWS, count = w.rows - row < ROWS ? w.rows - row : ROWS;
-            float* to = y + size_t(token + i % n) * w.rows + row;
+            const int row = (t + i % 2) * ROWS, count = w.rows - row < ROWS ? w.rows - row : ROWS;
+            float* to = y + size_t(token + i / 2) * w.rows + row;
             if (count == ROWS) {
                 store(to, add ? load<Floats>(to) + values[i] : values[i]);
             } else {
