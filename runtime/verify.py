@@ -283,7 +283,7 @@ def _with_cache(
     with start("comparing", len(original) + len(models) * len(candidate)) as step:
         quality, *others = compare_each(original, models, windows_NT, step, team)
     ours, theirs = candidate.cache_bytes()
-    report = {
+    report: dict[str, Any] = {
         **{choice: other.to_json() for choice, other in zip(choices, others, strict=True)},
         "bytes_per_token": ours,
         "bytes_per_token_bf16": theirs,
