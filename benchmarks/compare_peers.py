@@ -6,6 +6,9 @@ environment of their own, made on first use, because their pins contradict each 
 transformers than GPTQModel takes). Each peer runs once on a tiny random model before it is timed, so that nobody is
 charged for compiling an extension. infopt runs through its command line, in the environment this script is run with.
 
+A scheme says what weights and inputs become and which rows it has (`SCHEMES`); --schemes chooses, --bits and --group-size
+are the grid of the first. One evaluator reads every output and rounds the inputs of W8A8 and FP8 itself.
+
 Each row is kept as JSON in --results, so that a table can be added to: a row that is there is not run again without
 --again. Failures and time-outs are rows too. This script imports only the standard library (see `measure.py`).
 
@@ -51,10 +54,21 @@ PEERS = {
         ("nvidia-modelopt==0.47.0", "requests", "transformers==5.23.0", "accelerate", "compressed-tensors"),
         "modelopt_run.py",
     ),
+    "autoround": Peer(("auto-round==0.16.1", "transformers==5.23.0"), "autoround_run.py"),
     "evaluator": Peer(("transformers==5.23.0", "accelerate", "compressed-tensors"), "perplexity.py"),
 }
-ROWS = (
-    ("float", "-"),
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What weights become, the flags that say so to infopt, and the rows (tool, method) that are compared."""
+
+    bits: int
+    rows: tuple[tuple[str, str], ...]
+    infopt: tuple[str, ...] = ()  # in place of bits and groups
+
+
+W4 = (
     ("llmcompressor", "rtn"),
     ("infopt", "rtn"),
     ("llmcompressor", "gptq"),
@@ -63,23 +77,56 @@ ROWS = (
     ("modelopt", "awq"),
     ("infopt", "awq"),
     ("infopt", "awq+gptq"),
+    ("infopt", "best-4bit"),
+    ("autoround", "autoround"),
 )
+SCHEMES = {
+    "W4": Scheme(4, W4),
+    "W3": Scheme(3, tuple(row for row in W4 if row[0] != "modelopt" and row[1] not in ("rtn", "awq"))),
+    "W8A8": Scheme(
+        8,
+        (
+            ("llmcompressor", "rtn"),
+            ("infopt", "rtn"),
+            ("llmcompressor", "smoothquant"),
+            ("llmcompressor", "smoothquant+gptq"),
+            ("infopt", "smoothquant"),
+        ),
+        ("--scheme", "W8A8"),
+    ),
+    "FP8_DYNAMIC": Scheme(
+        8,
+        (("llmcompressor", "rtn"), ("infopt", "rtn"), ("llmcompressor", "gptq"), ("infopt", "best-fp8")),
+        ("--scheme", "FP8_DYNAMIC"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    scheme: str
+    tool: str
+    method: str
+
+
+ROWS = (Row("-", "float", "-"), *(Row(name, *pair) for name, scheme in SCHEMES.items() for pair in scheme.rows))
 
 
 def main() -> int:
     options = arguments()
     options.results.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in ROWS if row[0] in options.tools and row[1] in (*options.methods, "-")]
     ids = calibration_ids(options)
-    for tool, method in rows:
-        target = options.results / f"{tool}-{method}-{samples_of(options, method)}.json"
+    for row in chosen(options):
+        target = options.results / f"{name_of(options, row)}.json"
         if target.exists() and not options.again:
             print(f"{target.name}: there already; --again runs it again", file=sys.stderr)
             continue
-        print(f"{tool} {method}: running", file=sys.stderr, flush=True)
-        row = run_row(options, tool, method, ids)
-        target.write_text(json.dumps(row, indent=2))
-        print(f"{tool} {method}: {row['status']}", file=sys.stderr, flush=True)
+        print(f"{target.stem}: running", file=sys.stderr, flush=True)
+        found = run_row(options, row, ids)
+        target.write_text(json.dumps(found, indent=2))
+        print(f"{target.stem}: {found['status']}", file=sys.stderr, flush=True)
     table = write_tables(options.results)
     print(table)
     return 0
@@ -94,12 +141,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True, help="folder for rows, logs, outputs and the tables")
     parser.add_argument("--venvs", type=Path, default=cache, help="folder of the peers' virtual environments")
     parser.add_argument("--tools", default="float,infopt,llmcompressor,gptqmodel,modelopt")
-    parser.add_argument("--methods", default="rtn,gptq,awq,awq+gptq")
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows of gptq and awq+gptq")
+    parser.add_argument("--methods", default=",".join(dict.fromkeys(row.method for row in ROWS if row.method != "-")))
+    parser.add_argument("--schemes", default="W4", help=f"comma-separated, of {', '.join(SCHEMES)}")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of all methods but rtn and awq")
     parser.add_argument("--awq-samples", type=int, default=8, help="calibration windows of awq")
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4, help="of the scheme W4's rows")
+    parser.add_argument("--group-size", type=int, default=64, help="of W4 and W3")
+    parser.add_argument("--autoround-iters", type=int, default=200, help="steps for each block; 200 is its default")
     parser.add_argument("--eval-windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -108,10 +157,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run rows again whose result is there")
     parser.add_argument("--keep", action="store_true", help="keep the quantized models")
     options = parser.parse_args()
-    options.tools, options.methods = options.tools.split(","), options.methods.split(",")
+    for name in ("tools", "methods", "schemes"):
+        setattr(options, name, getattr(options, name).split(","))
     for name, given, known in (
-        ("--tools", options.tools, {tool for tool, _ in ROWS}),
-        ("--methods", options.methods, {method for _, method in ROWS} - {"-"}),
+        ("--tools", options.tools, {row.tool for row in ROWS}),
+        ("--methods", options.methods, {row.method for row in ROWS} - {"-"}),
+        ("--schemes", options.schemes, set(SCHEMES)),
     ):
         if wrong := set(given) - known:
             parser.error(f"{name} {','.join(sorted(wrong))}: known are {', '.join(sorted(known))}")
@@ -119,6 +170,26 @@ def arguments() -> argparse.Namespace:
         if not path.exists():
             parser.error(f"{path} is not there")
     return options
+
+
+def chosen(options: argparse.Namespace) -> list[Row]:
+    return [
+        row
+        for row in ROWS
+        if row.tool in options.tools and row.method in (*options.methods, "-") and row.scheme in (*options.schemes, "-")
+    ]
+
+
+def name_of(options: argparse.Namespace, row: Row) -> str:
+    """A row's file name without its ending. W4's say no scheme, as they did when there was no other."""
+    parts = [row.tool, row.method, str(samples_of(options, row.method))]
+    if row.tool == "autoround":
+        parts.append(f"{options.autoround_iters}iters")
+    return "-".join([*parts, *([] if row.scheme in ("-", "W4") else [row.scheme])])
+
+
+def bits_of(options: argparse.Namespace, row: Row) -> int:
+    return options.bits if row.scheme in ("-", "W4") else SCHEMES[row.scheme].bits
 
 
 def samples_of(options: argparse.Namespace, method: str) -> int:
@@ -168,12 +239,13 @@ def _warm_up(options: argparse.Namespace, name: str, python: Path) -> None:
     tiny = options.venvs.resolve() / "tiny-model"
     if not tiny.exists():
         _must([sys.executable, str(HERE / "peers" / "tiny_model.py"), str(options.model), str(tiny)])
-    small = argparse.Namespace(**{**vars(options), "model": tiny, "samples": 2, "awq_samples": 2})
-    method = next(method for tool, method in ROWS[::-1] if tool == name)
+    changed = {"model": tiny, "samples": 2, "awq_samples": 2, "autoround_iters": 2}
+    small = argparse.Namespace(**{**vars(options), **changed})
+    row = next(row for row in ROWS if row.tool == name and row.method != "rtn")
     out, result = options.venvs.resolve() / f"{name}-tiny", options.venvs.resolve() / f"{name}-tiny.json"
     shutil.rmtree(out, ignore_errors=True)
     env = {**environment(options), **dict(PEERS[name].env)}
-    _must(peer_command(small, name, python, method, calibration_ids(options), out, result), env)
+    _must(peer_command(small, row, python, calibration_ids(options), out, result), env)
     shutil.rmtree(out)
 
 
@@ -183,60 +255,66 @@ def _must(command: list[str], env: dict[str, str] | None = None) -> None:
         raise SystemExit(f"{' '.join(command)}\nexited {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def peer_command(
-    options: argparse.Namespace, tool: str, python: Path, method: str, ids: Path, out: Path, result: Path
-) -> list[str]:
+def peer_command(options: argparse.Namespace, row: Row, python: Path, ids: Path, out: Path, result: Path) -> list[str]:
     """The command line of a runner script (`peers/runner.py` reads it)."""
-    return [str(python), str(HERE / "peers" / PEERS[tool].script), "--model", str(options.model.resolve()),
-            "--ids", str(ids.resolve()), "--method", method, "--samples", str(samples_of(options, method)),
-            "--bits", str(options.bits), "--group-size", str(options.group_size), "--dtype", options.dtype,
-            "--out", str(out), "--result", str(result)]  # fmt: skip
+    return [str(python), str(HERE / "peers" / PEERS[row.tool].script), "--model", str(options.model.resolve()),
+            "--ids", str(ids.resolve()), "--method", row.method, "--samples", str(samples_of(options, row.method)),
+            "--scheme", row.scheme, "--bits", str(bits_of(options, row)), "--group-size", str(options.group_size),
+            "--iters", str(options.autoround_iters), "--dtype", options.dtype, "--out", str(out),
+            "--result", str(result)]  # fmt: skip
 
 
-def infopt_command(options: argparse.Namespace, method: str, out: Path) -> list[str]:
-    """infopt as a user runs it, its report on stdout."""
-    command = [str(Path(sys.executable).parent / "infopt"), "quantize", str(options.model), "--method", method,
-               "--bits", str(options.bits), "--group-size", str(options.group_size), "--sym", "--no-verify",
-               "--json", "-o", str(out)]  # fmt: skip
-    if samples := samples_of(options, method):
+def infopt_command(options: argparse.Namespace, row: Row, out: Path) -> list[str]:
+    """infopt as a user runs it, its report on stdout. best-4bit has zero points: they are part of that recipe."""
+    command = [str(Path(sys.executable).parent / "infopt"), "quantize", str(options.model), "--method", row.method,
+               "--no-verify", "--json", "-o", str(out)]  # fmt: skip
+    grid = ("--bits", str(bits_of(options, row)), "--group-size", str(options.group_size))
+    command += SCHEMES[row.scheme].infopt or (*grid, "--asym" if row.method == "best-4bit" else "--sym")
+    if samples := samples_of(options, row.method):
         command += ["--dataset", str(options.dataset), "--num-samples", str(samples), "--seqlen", str(options.seqlen)]
     return command
 
 
-def run_row(options: argparse.Namespace, tool: str, method: str, ids: Path) -> dict[str, Any]:
-    """Quantize, measure, evaluate: one row of the table."""
-    name = f"{tool}-{method}-{samples_of(options, method)}"
-    out, log = options.results / f"{name}.model", options.results / f"{name}.log"
-    row: dict[str, Any] = {
-        "tool": tool, "method": method, "samples": samples_of(options, method), "seqlen": options.seqlen,
-        "bits": options.bits, "group_size": options.group_size, "threads": options.threads,
-        "dtype": options.dtype if tool in PEERS else "as stored", "model": options.model.resolve().name,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "status": "done",
+def described(options: argparse.Namespace, row: Row) -> dict[str, Any]:
+    """What is known of a row before it runs."""
+    grid = {} if row.scheme in SCHEMES and SCHEMES[row.scheme].infopt else {"group_size": options.group_size}
+    notes = {"autoround": f", {options.autoround_iters} iters", "best-4bit": ", zero points"}
+    return {
+        "tool": row.tool, "scheme": row.scheme, "method": row.method + notes.get(row.method, ""),
+        "samples": samples_of(options, row.method), "seqlen": options.seqlen, "bits": bits_of(options, row), **grid,
+        "threads": options.threads, "dtype": options.dtype if row.tool in PEERS else "as stored",
+        "model": options.model.resolve().name, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "status": "done",
     }  # fmt: skip
-    if tool == "float":
-        row["bytes"] = weight_bytes(options.model)
-        return {**row, **perplexity(options, options.model, name)}
+
+
+def run_row(options: argparse.Namespace, row: Row, ids: Path) -> dict[str, Any]:
+    """Quantize, measure, evaluate: one row of the table."""
+    name, found = name_of(options, row), described(options, row)
+    if row.tool == "float":
+        return {**found, "bytes": weight_bytes(options.model), **perplexity(options, options.model, name)}
+    out, log = options.results / f"{name}.model", options.results / f"{name}.log"
     for old in (out, out.with_name(out.name + ".infopt-work")):  # the second would let infopt go on where it was killed
         shutil.rmtree(old, ignore_errors=True)
     result = options.results / f"{name}.runner.json"
     result.unlink(missing_ok=True)
-    if tool == "infopt":
-        command, env = infopt_command(options, method, out), environment(options)
+    if row.tool == "infopt":
+        command, env = infopt_command(options, row, out), environment(options)
     else:
-        python = peer_python(options, tool)
-        env = {**environment(options), **dict(PEERS[tool].env)}
-        command = peer_command(options, tool, python, method, ids, out.resolve(), result.resolve())
+        python = peer_python(options, row.tool)
+        env = {**environment(options), **dict(PEERS[row.tool].env)}
+        command = peer_command(options, row, python, ids, out.resolve(), result.resolve())
     cost = run_measured(command, log, env=env, timeout=options.timeout)
-    row |= {"process": dataclasses.asdict(cost)}
+    found |= {"process": dataclasses.asdict(cost)}
     if cost.code:
-        row["status"] = f"timed out after {options.timeout:.0f} s" if cost.timed_out else f"exit status {cost.code}"
-        return {**row, "error": tail(log)}
-    row |= infopt_report(log, cost) if tool == "infopt" else json.loads(result.read_text())
-    row["bytes"] = weight_bytes(out)
-    row |= perplexity(options, out, name)
+        found["status"] = f"timed out after {options.timeout:.0f} s" if cost.timed_out else f"exit status {cost.code}"
+        return {**found, "error": tail(log)}
+    found |= infopt_report(log, cost) if row.tool == "infopt" else json.loads(result.read_text())
+    found["bytes"] = weight_bytes(out)
+    found |= perplexity(options, out, name)
     if not options.keep:
         shutil.rmtree(out)
-    return row
+    return found
 
 
 def infopt_report(log: Path, cost: Cost) -> dict[str, Any]:
@@ -261,9 +339,11 @@ def perplexity(options: argparse.Namespace, folder: Path, name: str) -> dict[str
     result, log = options.results / f"{name}.perplexity.json", options.results / f"{name}.perplexity.log"
     result.unlink(missing_ok=True)
     python = peer_python(options, "evaluator")
+    reference = options.results / f"original-{options.eval_windows}x{options.seqlen}.logprobs"
     command = [str(python), str(HERE / "peers" / "perplexity.py"), "--model", str(folder.resolve()), "--original",
                str(options.model.resolve()), "--dataset", str(options.eval_dataset), "--windows",
-               str(options.eval_windows), "--seqlen", str(options.seqlen), "--result", str(result)]  # fmt: skip
+               str(options.eval_windows), "--seqlen", str(options.seqlen), "--reference", str(reference.resolve()),
+               "--result", str(result)]  # fmt: skip
     cost = run_measured(command, log, env=environment(options), timeout=options.timeout)
     if cost.code:
         return {"status": f"the evaluator exited {cost.code}", "error": tail(log)}

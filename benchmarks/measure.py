@@ -46,7 +46,7 @@ def run_measured(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
-            start_new_session=True,
+            process_group=0,  # a group of its own can be killed as a whole
         )
         try:
             status, usage, timed_out = _wait(process.pid, began, timeout)

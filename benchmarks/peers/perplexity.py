@@ -6,6 +6,8 @@ windows, the first N of them, each window's first token not predicted. Three kin
   compressed-tensors   by transformers itself, decompressed while loading
   GPTQ                 decoded here (transformers would need GPTQModel for it): `w = (q - z) * s`
   dequantized/*.safetensors   put over the original model's weights
+Where compressed-tensors' config has `input_activations`, the inputs of every linear layer that has a scale are rounded as
+engines do it: for each token, int8 from -127 to 127 or E4M3, with a scale from its largest value (`round_inputs`).
 Anything missing or unexpected is an error: a perplexity of a half-loaded model is worse than none.
 """
 
@@ -16,7 +18,9 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
@@ -25,14 +29,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--model", "--original", "--dataset", "--result"):
         parser.add_argument(name, required=True, type=Path)
+    parser.add_argument("--reference", required=True, type=Path, help="the original's predictions; made if absent")
     parser.add_argument("--windows", type=int, required=True)
     parser.add_argument("--seqlen", type=int, required=True)
     options = parser.parse_args()
     ids_NT = eval_windows(options)
     with torch.no_grad():
+        reference_NTV = original_log_probs(options, ids_NT)
         model = load(options.model, options.original)
-        original = AutoModelForCausalLM.from_pretrained(options.original, dtype=torch.float32).eval()
-        rows = [window_row(model, original, ids_T) for ids_T in ids_NT]
+        rows = [
+            window_row(log_probs(model, ids_T), torch.from_numpy(log_p_TV), ids_T)
+            for ids_T, log_p_TV in zip(ids_NT, reference_NTV, strict=True)
+        ]
     losses, kls, same = zip(*rows, strict=True)
     answer = {
         "perplexity": math.exp(sum(losses) / len(losses)),
@@ -56,11 +64,29 @@ def eval_windows(options: argparse.Namespace) -> torch.Tensor:
     return torch.tensor(ids[: options.windows * options.seqlen]).view(options.windows, options.seqlen)
 
 
-def window_row(model: torch.nn.Module, original: torch.nn.Module, ids_T: torch.Tensor) -> tuple[float, float, float]:
+def log_probs(model: torch.nn.Module, ids_T: torch.Tensor) -> torch.Tensor:
+    """float32 [T - 1, V]"""
+    return model(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def original_log_probs(options: argparse.Namespace, ids_NT: torch.Tensor) -> np.ndarray:
+    """float32 [N, T - 1, V]: computed once and kept in a file of some GB, because it is half of an evaluation."""
+    vocabulary = AutoConfig.from_pretrained(options.original).vocab_size
+    shape = (len(ids_NT), options.seqlen - 1, vocabulary)
+    if options.reference.exists():
+        return np.memmap(options.reference, np.float32, "c", shape=shape)
+    part = options.reference.with_suffix(".part")
+    found_NTV = np.memmap(part, np.float32, "w+", shape=shape)
+    model = AutoModelForCausalLM.from_pretrained(options.original, dtype=torch.float32).eval()
+    for row_TV, ids_T in zip(found_NTV, ids_NT, strict=True):
+        row_TV[:] = log_probs(model, ids_T).numpy()
+    found_NTV.flush()
+    part.rename(options.reference)
+    return found_NTV
+
+
+def window_row(log_q_TV: torch.Tensor, log_p_TV: torch.Tensor, ids_T: torch.Tensor) -> tuple[float, float, float]:
     """Of the tokens 1.. of a window: mean negative log likelihood and KL divergence in nats, share of equal first choices."""
-    log_q_TV, log_p_TV = (
-        m(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1) for m in (model, original)
-    )
     loss = torch.nn.functional.nll_loss(log_q_TV, ids_T[1:]).item()
     kl = torch.nn.functional.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True).item()
     return loss, kl, (log_q_TV.argmax(-1) == log_p_TV.argmax(-1)).float().mean().item()
@@ -86,10 +112,55 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
             output_loading_info=True,
         )
         _refuse(notes["missing_keys"], notes["unexpected_keys"])
+        round_inputs(model, folder, quantization)
         return model.eval()
     if kind == "gptq":
         return _put_over(original, decode_gptq(folder, quantization))
     raise SystemExit(f"{folder}: quant_method {kind!r} is not one that this evaluator reads")
+
+
+def int8_per_token(x_TI: torch.Tensor) -> torch.Tensor:
+    scale_T1 = (x_TI.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+    return (x_TI / scale_T1).round() * scale_T1
+
+
+def e4m3_per_token(x_TI: torch.Tensor) -> torch.Tensor:
+    scale_T1 = (x_TI.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    return (x_TI / scale_T1).to(torch.float8_e4m3fn).float() * scale_T1
+
+
+INPUTS = {("int", 8): int8_per_token, ("float", 8): e4m3_per_token}
+
+
+def round_inputs(model: torch.nn.Module, folder: Path, quantization: dict) -> None:
+    """Round what the quantized layers are given, where the config says that an engine rounds it."""
+    kinds = [group.get("input_activations") for group in quantization["config_groups"].values()]
+    if kinds == [None] * len(kinds):
+        return
+    given = kinds[0]
+    if (
+        any(kind != given for kind in kinds)
+        or not given["dynamic"]
+        or given["strategy"] != "token"
+        or not given["symmetric"]
+    ):
+        raise SystemExit(f"{folder}: inputs {kinds} are not one symmetric type with a scale for each token")
+    rounding = INPUTS[given["type"], given["num_bits"]]
+    layers = dict(model.named_modules())
+    scaled = [name.removesuffix(".weight_scale") for name in stored_names(folder) if name.endswith(".weight_scale")]
+    if not scaled:
+        raise SystemExit(f"{folder}: no layer has a scale")
+    for name in scaled:
+        layers[name].register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The names of all tensors in a folder."""
+    names = []
+    for part in sorted(folder.glob("*.safetensors")):
+        with safe_open(part, framework="pt") as file:
+            names += file.keys()
+    return names
 
 
 def _put_over(original: Path, changed: dict[str, torch.Tensor]) -> torch.nn.Module:

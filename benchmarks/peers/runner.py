@@ -26,6 +26,8 @@ def arguments(*methods: str) -> argparse.Namespace:
     parser.add_argument("--ids", required=True, help=".npy file, int64 [windows, tokens]")
     parser.add_argument("--method", choices=methods, required=True)
     parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--scheme", default="W4", help="W4 and W3 are what --bits and --group-size say")
+    parser.add_argument("--iters", type=int, default=200, help="AutoRound's")
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
