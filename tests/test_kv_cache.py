@@ -282,7 +282,7 @@ def test_damaged_frames(damage, says: str, words: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_balanced_cache_cannot_be(words: Path, tmp_path: Path) -> None:
-    """Under a name that servers read, from statistics without derivatives, or cut for ranks."""
+    """Under a name that servers read, or from statistics without derivatives."""
     model = tiny("llama", tmp_path / "m")
     recipe = tmp_path / "r.yaml"
     recipe.write_text("steps: []\nkv_cache: {type: float, bits: 8, strategy: tensor, balanced: true}\n")
