@@ -53,8 +53,9 @@ def choose_frames(sums: Mapping[str, HeadSums]) -> dict[str, Frame]:
     """The coordinates of one layer's keys ("k") and values ("v")."""
     frames = {}
     for which, of in sums.items():
-        center_HD = of.sum_HD / max(of.tokens, 1) * (which == "k")
-        covariance_HDD = of.gram_HDD / max(of.tokens, 1) - _outer(of.sum_HD / max(of.tokens, 1)) * (which == "k")
+        tokens = max(of.tokens, 1)
+        center_HD = of.sum_HD / tokens * (which == "k")
+        covariance_HDD = of.gram_HDD / tokens - center_HD[:, :, None] * center_HD[:, None]
         turn_DD = rotation(center_HD.shape[1], seed=0).matrix()
         frames[which] = Frame((balance(covariance_HDD, of.felt_HDD) @ turn_DD).float(), center_HD.float())
     return frames
@@ -79,10 +80,6 @@ def _eigen(a_HDD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values_HD, u_HDD = torch.linalg.eigh((a_HDD + a_HDD.mT) / 2)
     largest_H1 = values_HD.amax(1, keepdim=True)
     return torch.where(largest_H1 > 0, values_HD.clamp_min(_FLOOR * largest_H1), 1.0), u_HDD
-
-
-def _outer(x_HD: torch.Tensor) -> torch.Tensor:
-    return x_HD[:, :, None] * x_HD[:, None]
 
 
 def _best(grid: CacheGrid, x_NHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

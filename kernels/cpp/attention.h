@@ -105,7 +105,7 @@ struct Rows {
 };
 
 // As many channels at once as a register holds; eight where a head is no multiple of that
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 typedef float Lanes __attribute__((vector_size(64)));
 inline Lanes widen(const uint16_t* x, Lanes) {
     return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(x)), 16);
@@ -123,7 +123,8 @@ template <class Vector> inline Vector some_of(const uint16_t* x) { return widen(
 template <class Vector> constexpr int WIDTH = sizeof(Vector) / sizeof(float);
 
 // The products of G queries, which share what is read, with eight keys, into scores [G][PART]
-template <int G, class Vector, class Value> void score(const Value* k, size_t stride, int width, const float* q, float scaling, float* p) {
+template <int G, class Vector, class Value>
+void score(const Value* k, size_t stride, int width, const float* q, float scaling, float* p) {
     constexpr int ROWS_AT_ONCE = G > 2 && WIDTH<Vector> == 8 ? 4 : 8;  // there are twice as many registers of 16
     Floats products[G][8];
     for (int first = 0; first < 8; first += ROWS_AT_ONCE, k += ROWS_AT_ONCE * stride) {
@@ -192,7 +193,7 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
                 score<count, Vector>((const Value*)rows.eights[0][i] + h * width, stride, width, q + (h * group + g) * width,
-                             heads.scaling, desk.scores + (h * group + g) * PART + 8 * i);
+                                     heads.scaling, desk.scores + (h * group + g) * PART + 8 * i);
             });
     for (int g = some.first * group; g < some.last * group; ++g) {
         float *const p = desk.scores + g * PART, *const y = out + g * (width + 2);
@@ -219,8 +220,9 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
         for (int h = some.first; h < some.last; ++h)
             in_threes(group, [&](int g, auto count) {
                 const Seen seen{std::max(0, seen_from - 8 * i), std::min(8, seen_to + 1 - 8 * i)};
-                weigh<count, Vector>((const Value*)rows.eights[1][i] + h * width, stride, desk.scores + (h * group + g) * PART + 8 * i,
-                             seen, width, out + (h * group + g) * (width + 2) + 2);
+                weigh<count, Vector>((const Value*)rows.eights[1][i] + h * width, stride,
+                                     desk.scores + (h * group + g) * PART + 8 * i, seen, width,
+                                     out + (h * group + g) * (width + 2) + 2);
             });
 }
 

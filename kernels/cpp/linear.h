@@ -60,36 +60,36 @@ template <class T> inline void store(void* to, T value) { __builtin_memcpy(to, &
 inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
-// A pair of tiles lies in one register of 16 rows, or in PARTS of 8. N tokens are multiplied at once, as many as there are
-// registers for: TOKENS. And sums of weight codes times activation codes, for the rows of a register
+// A pair of tiles lies in one register of 16 rows, or in PARTS of 8. As many tokens are multiplied at once as there are
+// registers for: TOKENS
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-
+#define ONE_REGISTER
 constexpr int PARTS = 1, TOKENS = 8;
-
 #else
-
 constexpr int PARTS = 2, TOKENS = 4;
-
 #endif
 
 typedef float WideFloats __attribute__((vector_size(64 / PARTS)));
 typedef int32_t WideInts __attribute__((vector_size(64 / PARTS)));
 typedef uint8_t WideBytes __attribute__((vector_size(64 / PARTS)));
 
+// Part p of what belongs to a pair of tiles
 template <class Wide, class Half> inline Wide part(int p, Half one, Half two) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef ONE_REGISTER
     return (Wide)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)one), (__m256i)two, 1);
 #else
     return p ? two : one;
 #endif
 }
 
-#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+// Sums of weight codes times activation codes, for the rows of a register
+
+#if defined(__AVXVNNI__) || defined(ONE_REGISTER)
 
 constexpr int SHIFT = 0;  // what was taken from a code of 8 bits before it is multiplied
 inline WideInts multiply(WideInts total, WideBytes w, const int8_t* x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef ONE_REGISTER
     return (WideInts)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, _mm512_set1_epi32(load<int32_t>(x)));
 #else
     return (WideInts)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)w, _mm256_set1_epi32(load<int32_t>(x)));
@@ -222,9 +222,10 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
     const int8_t* codes = x.codes + bunch * BLOCK;
     const float *x_scale = x.scale + bunch, *x_sum = x.sum + bunch;
     WideFloats totals[PARTS * N], scale[PARTS], zero[PARTS];
+    const float* bias = w.bias;
     UNROLLED for (int i = 0; i < PARTS * N; ++i) {
-        const float* bias = w.bias;
-        totals[i] = bias ? part<WideFloats>(i / N, load<Floats>(bias + t * ROWS), load<Floats>(bias + other * ROWS)) : WideFloats{};
+        totals[i] = WideFloats{};
+        if (bias) totals[i] = part<WideFloats>(i / N, load<Floats>(bias + t * ROWS), load<Floats>(bias + other * ROWS));
     }
     UNROLLED for (int p = 0; p < PARTS; ++p) zero[p] = WideFloats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
     for (int b = 0, left = 0; b < blocks; ++b, --left, codes += TOKENS * BLOCK, x_scale += TOKENS, x_sum += TOKENS) {
