@@ -110,7 +110,10 @@ def _activations(problems: list[Problem]) -> int:
 
 
 def _cloned(packed: Packed) -> Packed:
-    return replace(packed, weight=packed.weight.clone(), scales=packed.scales.clone(), arrived=packed.arrived.clone())
+    own = replace(packed, weight=packed.weight.clone(), scales=packed.scales.clone(), arrived=packed.arrived.clone())
+    if packed.weight.is_cuda:
+        torch.cuda.synchronize()  # as `pack` does
+    return own
 
 
 def _decode(problems: list[Problem]) -> Call:

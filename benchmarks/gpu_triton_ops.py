@@ -292,13 +292,12 @@ def _codes_reference(c: Codes) -> list[Tensor]:
 
 
 def _gemm(c: Codes) -> Call:
-    from infopt.kernels.triton import gemm
+    from infopt.kernels.triton import gemm, linear
 
     x, w = c.x.clone(), c.w.clone()
     if c.x.dtype == torch.int8:
         return lambda: [gemm.int8_linear(x, c.x_scale, w, c.w_scale, None, BFLOAT)]
-    native = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 9)
-    return lambda: [gemm.fp8_linear(x, c.x_scale, w, c.w_scale, 1, None, BFLOAT, native)]
+    return lambda: [linear.fp8_product(x, c.x_scale, w, c.w_scale, 1, BFLOAT)]
 
 
 def _gemm_torch(c: Codes) -> Call:

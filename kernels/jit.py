@@ -221,19 +221,40 @@ def supported(capability: tuple[int, int], known: Sequence[int]) -> int:
     return max(fitting)
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which one, and a union of 64 bytes of which at most three numbers are used."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_CLUSTER, _EARLY = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .._PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A function on one GPU. Its only parameter is a structure, passed by value."""
 
     handle: ctypes.c_void_p
 
-    def launch(self, blocks: int, threads: int, stream: int, arguments: ctypes.Structure) -> None:
-        """Asynchronous, on `stream` of the context that is current (torch's)."""
+    def launch(
+        self, blocks: int, threads: int, stream: int, arguments: ctypes.Structure, cluster: int = 1, early: bool = False
+    ) -> None:
+        """Asynchronous, on `stream` of the context that is current (torch's). cluster: blocks that run together.
+        early: it may begin before the kernel before it has ended, and waits for that itself (programmatic dependent launch)."""
+        attributes = (_Attribute * 2)(_Attribute(_CLUSTER, 0, (cluster, 1, 1)), _Attribute(_EARLY, 0, (early,)))
+        shape = _Launch((blocks, 1, 1), (threads, 1, 1), 0, stream, attributes, 2 if early else cluster > 1)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         library = driver()
-        status = library.cuLaunchKernel(
-            self.handle, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), pointers, None
-        )
+        status = library.cuLaunchKernelEx(ctypes.byref(shape), self.handle, pointers, None)
         check(status, library, "a kernel does not start")
 
 

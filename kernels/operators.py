@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 from infopt.grid import FP8, Inputs
 from infopt.kernels import reference, sampling
-from infopt.kernels.cuda.layout import Codes
+from infopt.kernels.cuda.layout import Codes, ungated
 from infopt.kernels.cuda.layout import Packed as Tiles
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import Pages
@@ -165,32 +165,36 @@ def _(x, codes, scale, zero, kind, part, columns, bias=None, act="none"):
 @custom_op("infopt::tile_linear", mutates_args=(), device_types="cpu")
 def tile_linear(
     x: Tensor, weight: Tensor, scales: Tensor, arrived: Tensor, shape: Sequence[int], codes: str,
-    scale_dtype: torch.dtype, group: int, zeros: bool, zero: int, bias: Tensor | None = None,
+    scale_dtype: torch.dtype, group: int, zeros: bool, zero: int, bias: Tensor | None = None, gated: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x W^T + b [T, O]; the weight's parts are those of `cuda.layout.Packed`, and `arrived` is as it was afterwards."""
-    packed = _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero)
-    bias = None if bias is None else bias.float()
-    return torch.nn.functional.linear(x.float(), packed.dequantize(torch.float32), bias).to(x.dtype, copy=True)
+    """x W^T + b [T, O]; the weight's parts are those of `cuda.layout.Packed`, and `arrived` is as it was afterwards.
+    gated: silu of the first half times the second [T, O / 2]; the bias is in the order of the packed rows."""
+    packed = _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, gated)
+    bias = None if bias is None else (ungated(bias[:, None])[:, 0] if gated else bias).float()
+    y = torch.nn.functional.linear(x.float(), packed.dequantize(torch.float32), bias)
+    return (reference.gated(y, "silu") if gated else y).to(x.dtype, copy=True)
 
 
 @tile_linear.register_kernel("cuda")
-def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None):
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False):
     from infopt.kernels.cuda import linear
 
-    return linear.multiply(_tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero), x, bias)
+    return linear.multiply(
+        _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, gated), x, bias
+    )
 
 
 @tile_linear.register_fake
-def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None):
-    return x.new_empty(x.shape[0], shape[0])
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False):
+    return x.new_empty(x.shape[0], shape[0] // 2 if gated else shape[0])
 
 
 def _tiles(
     weight: Tensor, scales: Tensor, arrived: Tensor, shape: Sequence[int], codes: str, scale_dtype: torch.dtype,
-    group: int, zeros: bool, zero: int,
+    group: int, zeros: bool, zero: int, gated: bool,
 ) -> Tiles:  # fmt: skip
     kind: Codes = "FP8" if codes == "FP8" else "INT8" if codes == "INT8" else "INT4"
-    return Tiles(weight, scales, arrived, (shape[0], shape[1]), kind, scale_dtype, group, zeros, zero)
+    return Tiles(weight, scales, arrived, (shape[0], shape[1]), kind, scale_dtype, group, zeros, zero, gated)
 
 
 @custom_op("infopt::int8_linear", mutates_args=(), device_types="cpu")

@@ -102,10 +102,12 @@ class FusedBlock(nn.Module):
         self.head_norms = self._head_norms(attention)
         self.qkv = join(block, _names(block, _QKV), codes, precision)
         self.o = join(block, ("self_attn.o_proj",), codes, precision)
-        self.gate_up = join(block, _names(block, _GATE_UP), codes, precision)
-        self.down = join(block, ("mlp.down_proj",), codes, precision)
         mlp: Any = block.get_submodule("mlp")
         self.act: nn.Module = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+        names = _names(block, _GATE_UP)
+        self._gated = join_gated(block, names, codes, self.act) if precision == "packed" else None
+        self.gate_up = self._gated or join(block, names, codes, precision)
+        self.down = join(block, ("mlp.down_proj",), codes, precision)
 
     @property
     def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
@@ -141,8 +143,16 @@ class FusedBlock(nn.Module):
         else:
             a_BQC = self._whole(q_BQHD, k_BQHD, v_BQHD, attention_mask, past_key_values)
         hidden_BQC = self.o(a_BQC).add_(hidden_BQC)
-        gate, up = self.gate_up(self.mlp_norm(hidden_BQC)).chunk(2, dim=-1)
-        return self.down(self.act(gate).mul_(up)).add_(hidden_BQC)
+        return self.down(self.gated(self.mlp_norm(hidden_BQC))).add_(hidden_BQC)
+
+    def gated(self, x: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """act(gate) * up of a normed x. product: how it is made of [gate | up], where the weight's kernel does not do it."""
+        if self._gated is not None:
+            return self._gated(x)
+        if product is not None:
+            return product(self.gate_up(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.act(gate).mul_(up)
 
     def _heads(self, x_BQC: Tensor, cos_BQD: Tensor, sin_BQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values; [B, Q, H, D]."""
@@ -200,6 +210,26 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)
     return Linear(lambda x: torch.cat([linear(x) for linear in each], dim=-1), sum(one.nbytes for one in each), ran)
+
+
+def join_gated(block: nn.Module, names: Sequence[str], codes: Codes, act: nn.Module) -> Linear | None:
+    """A gate and what it is multiplied with as one linear layer that gives their product, where a GPU's kernel does that."""
+    whole = _one([codes(name) for name in names])
+    if whole is None or whole.codes.device.type != "cuda" or not _is_silu(act):
+        return None
+    from infopt.kernels.cuda.linear import CudaLinear
+
+    prepared = CudaLinear.of(whole, gated=True)
+    if prepared is None:
+        return None
+    modules: list[Any] = [block.get_submodule(name) for name in names]
+    bias_O = _joined([getattr(module, "bias", None) for module in modules], modules)
+    return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,))
+
+
+def _is_silu(act: nn.Module) -> bool:
+    x = torch.linspace(-8, 8, 100)
+    return torch.allclose(act(x), F.silu(x), rtol=1e-5, atol=1e-6)
 
 
 def _half(w_OI: Tensor, bias_O: Tensor | None) -> Linear:

@@ -112,7 +112,7 @@ class GpuBlock:
         )
         x_NC = block.o(attend(q_NHD, keys, values).flatten(1))
         y_NC, _, h_NC = operators.add_rms_norm(x_NC, h_NC, block.mlp_norm.weight_C, block.mlp_norm.eps)
-        return block.down(operators.gated(block.gate_up(y_NC), self.act)[0]), h_NC
+        return block.down(block.gated(y_NC, lambda x: operators.gated(x, self.act)[0])), h_NC
 
 
 class GpuDecoder:

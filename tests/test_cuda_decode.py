@@ -21,21 +21,21 @@ from .emulator.cases import BFLOAT, CASES, HALF, Case
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++: the CUDA kernels were not emulated")
 
 SEEDS = (0, 1, 2)
-#: The same weight and the same blocks for one token and for many, in all three sizes of the kernel.
+#: The same weight and the same parts for one token and for many, in all three sizes of the kernel.
 BATCHES = tuple(Case(tokens, 256, 384, Grid(4, 64, False, HALF), HALF, 5) for tokens in (1, 8, 13, 32))
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory) -> Emulator:
+@pytest.fixture(scope="module", params=[True, False], ids=["clusters", "alone"])
+def emulator(request, tmp_path_factory) -> Emulator:
     variants = sorted({case.variant for case in CASES + BATCHES})
     dense = sorted({decode.variant(case.packed(), case.dtype, 1) for case in CASES})
-    return Emulator.build(variants, tmp_path_factory.mktemp("emulator"), dense=dense)
+    return Emulator.build(variants, tmp_path_factory.mktemp("emulator"), dense=dense, clusters=request.param)
 
 
 def run(emulator: Emulator, case: Case, seed: int) -> torch.Tensor:
     x, bias = case.inputs()
     packed = case.packed()
-    y = emulator.multiply(packed, x, case.kernel_bias(bias), blocks=case.blocks, seed=seed)
+    y = emulator.multiply(packed, x, case.kernel_bias(bias), parts=case.parts, seed=seed)
     if packed.arrived.any():
         raise Fault("the counters are not zero again")
     return y
@@ -50,19 +50,19 @@ def test_the_kernels_agree_with_the_reference_in_any_order_of_threads(emulator, 
 
 def test_a_token_gets_the_same_bits_alone_and_in_a_batch(emulator) -> None:
     packed, (x_TI, _) = BATCHES[-1].packed(), BATCHES[-1].inputs()
-    together = emulator.multiply(packed, x_TI, blocks=5)
+    together = emulator.multiply(packed, x_TI, parts=5)
     for tokens in (1, 8, 13):
-        assert torch.equal(emulator.multiply(packed, x_TI[:tokens], blocks=5), together[:tokens])
-    assert torch.equal(emulator.multiply(packed, x_TI[20:21], blocks=5), together[20:21])
+        assert torch.equal(emulator.multiply(packed, x_TI[:tokens], parts=5), together[:tokens])
+    assert torch.equal(emulator.multiply(packed, x_TI[20:21], parts=5), together[20:21])
 
 
-def test_a_weight_can_be_used_again_and_with_other_blocks(emulator) -> None:
+def test_a_weight_can_be_used_again_and_in_other_parts(emulator) -> None:
     case = CASES[2]
     packed, (x_TI, bias) = case.packed(), case.inputs()
-    first = emulator.multiply(packed, x_TI, bias, blocks=5)
-    assert torch.equal(emulator.multiply(packed, x_TI, bias, blocks=5, seed=7), first)
-    for blocks in (1, 2, 7, 12):
-        assert case.agrees(emulator.multiply(packed, x_TI, bias, blocks=blocks), case.want(x_TI, bias))
+    first = emulator.multiply(packed, x_TI, bias, parts=5)
+    assert torch.equal(emulator.multiply(packed, x_TI, bias, parts=5, seed=7), first)
+    for parts in (1, 2, 4, 6):
+        assert case.agrees(emulator.multiply(packed, x_TI, bias, parts=parts), case.want(x_TI, bias))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -87,24 +87,40 @@ class Mutation:
     before: str
     after: str
     case: Case
+    clusters: bool = False
 
 
 SPLIT = Case(5, 160, 512, Grid(4, 128, False, HALF), HALF, 3)
 PLAIN = Case(9, 128, 256, Grid(4, 64, True, BFLOAT), HALF, 1)
 MUTATIONS = (
-    Mutation("a barrier removed", "decode.cuh", "      block_barrier();\n", "", SPLIT),
+    Mutation("a barrier removed", "decode.cuh", "    device_fence();\n    block_barrier();\n", "    device_fence();\n",
+             replace(SPLIT, parts=4)),
+    Mutation("x overwritten while it is read", "decode.cuh", "          block_barrier();\n", "", PLAIN),
+    Mutation("x of the unit before", "decode.cuh", "(at + i - from) % 2 * X", "(at + i - from + 1) / 2 % 2 * X", PLAIN),
+    Mutation("x of another token", "decode.cuh", "i / 64 % V::TOKENS * 8", "i / 128 % V::TOKENS * 8", PLAIN),
     Mutation("threads that do not wait", "decode.cuh", "!block_any(complete)", "!complete", SPLIT),
-    Mutation("the first to arrive adds up", "decode.cuh", "== (u32)(last - first)", "== 0", SPLIT),
-    Mutation("counters that stay", "decode.cuh", "d.arrived + s.row, last - first)", "d.arrived + s.row, 99)", SPLIT),
-    Mutation("a part left out", "decode.cuh", "int block = first; block <=", "int block = first; block <", SPLIT),
-    Mutation("a part in another's place", "decode.cuh", "* 2 + second) * WARPS", "* 2) * WARPS", SPLIT),
-    Mutation("a range that forgets its last unit", "decode.cuh", "at + i >= s.to", "at + i >= s.to - 1", PLAIN),
-    Mutation("a range one unit short", "decode.cuh", "first_unit(block + 1, blocks, units);",
-             "first_unit(block + 1, blocks, units) - (block == 0);", SPLIT),
-    Mutation("a ring that runs ahead of the weight", "decode.cuh", "at + ahead < s.to", "at + ahead <= s.to + 8", PLAIN),
+    Mutation("the first to arrive adds up", "decode.cuh", "last) == last", "last) == 0", SPLIT),
+    Mutation("counters that stay", "decode.cuh", "d.arrived + row, last)", "d.arrived + row, 99)", SPLIT),
+    Mutation("a part left out", "decode.cuh", "int other = 0; other < d", "int other = 1; other < d", SPLIT),
+    Mutation("a part in another's place", "decode.cuh", "first + part * PART", "first + part / 2 * PART", SPLIT),
+    Mutation("a cluster that does not wait", "decode.cuh", "    cluster_arrive();\n    cluster_wait();\n", "", SPLIT, True),
+    Mutation("a block that writes to one that has not begun", "decode.cuh",
+             "    cluster_wait();  // all of its blocks have begun\n", "", SPLIT, True),
+    Mutation("a tile that nobody adds up", "decode.cuh", "return warp * d.parts / WARPS;",
+             "return (warp + 1) * d.parts / WARPS % d.parts;", SPLIT, True),
+    Mutation("two tiles in one place", "decode.cuh", "(slot * d.parts + part)", "(slot + part)", SPLIT, True),
+    Mutation("x read before the kernel that makes it has ended", "decode.cuh",
+             "  wait_for_kernel_before();\n  work.multiply();", "  work.multiply();\n  wait_for_kernel_before();", PLAIN),
+    Mutation("a range that forgets its last unit", "decode.cuh", "at + i >= to", "at + i >= to - 1", PLAIN),
+    Mutation("a range one unit short", "decode.cuh", "to(per_row * (part + 1) / d.parts)",
+             "to(per_row * (part + 1) / d.parts - (part == 0))", SPLIT),
+    Mutation("a ring that runs ahead of the weight", "decode.cuh", "at + ahead < to", "at + ahead <= to + 8", PLAIN),
     Mutation("the wrong part of x", "decode.cuh", "{j % 2 ? tokens[n].z : tokens[n].x, j",
              "{j % 2 ? tokens[n].x : tokens[n].z, j", PLAIN),
-    Mutation("tokens that are not there", "decode.cuh", "(token < d.tokens ? token : d.tokens - 1)", "token", PLAIN),
+    Mutation("tokens that are not there", "decode.cuh", "there = token < d.tokens ? token : d.tokens - 1", "there = token",
+             PLAIN),
+    Mutation("tokens that are not there, of a few", "decode.cuh", "(token < d.tokens ? token : d.tokens - 1)", "token",
+             SPLIT),
     Mutation("the wrong half of a weight's word", "unpack.cuh", "above = q >> 8", "above = q >> 4", PLAIN),
     Mutation("the zero point of another row", "unpack.cuh", "mask_or(q, 0x00f000f0u, 0x64006400u), 0x2c002c00u, lower.high",
              "mask_or(q, 0x00f000f0u, 0x64006400u), 0x2c002c00u, upper.high", SPLIT),
@@ -123,7 +139,7 @@ def test_a_planted_bug_is_found(mutation, tmp_path: Path) -> None:
             assert text.count(mutation.before) == 1, f"{mutation.before!r} is not in {path.name}, or more than once"
             text = text.replace(mutation.before, mutation.after)
         (tmp_path / path.name).write_text(text)
-    broken = Emulator.build([mutation.case.variant], tmp_path, tmp_path)
+    broken = Emulator.build([mutation.case.variant], tmp_path, tmp_path, clusters=mutation.clusters)
     want = mutation.case.want(*mutation.case.inputs())
     verdicts = []
     for seed in SEEDS:

@@ -11,6 +11,7 @@ from infopt.kernels import reference
 from infopt.kernels.cuda import decode
 from infopt.kernels.cuda.dense import dense
 from infopt.kernels.cuda.layout import Packed, pack
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.qtensor import QTensor
 
 from .emulator.cases import BFLOAT, CASES, HALF, LIMITS, Case, random_weight
@@ -96,3 +97,13 @@ def test_prepare_chooses_the_kernels_for_a_weight_on_a_gpu(tokens, dtype) -> Non
     assert (y[0].cpu().double() - want.double()).norm() / want.double().norm() < 5e-3
     exact = kernels.prepare(on_gpu(q))
     assert exact.kernel == "fp32"
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_a_gate_and_its_factor_are_one_product(tokens) -> None:
+    q, x, bias = random_weight(96, 256, Grid(4, 64, False, HALF)), torch.randn(tokens, 256), torch.randn(96)
+    linear = CudaLinear.of(on_gpu(q), gated=True)
+    assert linear is not None
+    gate, up = reference.linear(x, q, bias).double().chunk(2, dim=-1)
+    want = torch.nn.functional.silu(gate) * up
+    assert (linear(x.to(DEVICE), bias.to(DEVICE)).cpu().double() - want).norm() / want.norm() < 1e-2

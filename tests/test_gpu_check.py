@@ -56,7 +56,7 @@ def emulated(op: Op, emulator: Emulator, factor: float) -> Op:
     """The op with the emulator in the place of the GPU; its results times a factor."""
 
     def prepare(problems: list[Problem]) -> Call:
-        return lambda: [emulator.multiply(p.packed, p.x_TI, blocks=2) * factor for p in problems]
+        return lambda: [emulator.multiply(p.packed, p.x_TI, parts=2) * factor for p in problems]
 
     return replace(op, ours=Contender("emulated", prepare, op.ours.nbytes))
 

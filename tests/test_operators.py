@@ -14,6 +14,7 @@ from infopt import kernels
 from infopt.grid import FP8, Grid, Inputs
 from infopt.kernels import operators, reference, sampling
 from infopt.kernels.cuda.layout import pack
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import Pages
 from infopt.kv_cache import CacheGrid
@@ -47,7 +48,9 @@ TEXTS = (TABLES, torch.tensor([2, 2]), torch.tensor([20, 7]), 0.25)
 ONE = torch.ones(3)
 PACKED = packed()
 TILES = pack(random_q(32, 64, Grid(4, 32, symmetric=False)))
+GATED = pack(random_q(32, 64, Grid(4, 32, symmetric=False)), gated=True)
 assert TILES is not None
+assert GATED is not None
 CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (operators.add_rms_norm, (X, X.flip(0), W, 1e-5)),
     (operators.add_rms_norm, (X.bfloat16(), X.bfloat16(), W, 1e-5, "fp8", 32)),
@@ -60,6 +63,11 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
         operators.tile_linear,
         (X.half(), TILES.weight, TILES.scales, TILES.arrived, TILES.shape, TILES.codes, TILES.scale_dtype, TILES.group,
          TILES.zeros, TILES.zero, W[:32]),
+    ),
+    (
+        operators.tile_linear,
+        (X.half(), GATED.weight, GATED.scales, GATED.arrived, GATED.shape, GATED.codes, GATED.scale_dtype, GATED.group,
+         GATED.zeros, GATED.zero, W[:32], True),
     ),
     (operators.int8_linear, (CODES, SCALE, W_CODES, W_SCALE, W[:32], torch.bfloat16)),
     (operators.fp8_linear, (FP8_CODES, FP8_SCALE, FP8_W, FP8_W_SCALE, 1, None, torch.float32)),
@@ -115,6 +123,9 @@ def test_operators_are_the_reference() -> None:
     shape, kind = TILES.shape, (TILES.codes, TILES.scale_dtype, TILES.group, TILES.zeros, TILES.zero)
     found = ops.tile_linear(X, TILES.weight, TILES.scales, TILES.arrived, shape, *kind)
     torch.testing.assert_close(found, reference.linear(X, q))
+    found = CudaLinear(GATED)(X, W[:32])
+    gate, up = reference.linear(X.bfloat16(), q, W[:32]).chunk(2, dim=-1)
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=2e-2)
     drawn = ops.sample(X, ONE, ONE.long() * 9, ONE * 0.9, ONE * 0, ONE.long(), ONE.long())
     assert torch.equal(drawn, sampling.sample(X, ONE, ONE.long() * 9, ONE * 0.9, ONE * 0, ONE.long(), ONE.long()))
 

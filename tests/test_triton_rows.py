@@ -165,7 +165,7 @@ def test_planted_bugs_in_e4m3_are_caught(old, new, tmp_path) -> None:
     ("old", "new"),
     [
         ("tl.load(x + t * 2 * C + C + c", "tl.load(x + t * 2 * C + c"),  # the gate twice
-        ("activate(gate, ACT) * up", "gate * activate(up, ACT)"),
+        ("activate(gate, ACT, GPU) * up", "gate * activate(up, ACT, GPU)"),
         ("tl.load(x + t * 2 * C + c, mask=c < C", "tl.load(x + t * C + c, mask=c < C"),  # the wrong stride
     ],
 )

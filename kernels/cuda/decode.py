@@ -21,8 +21,12 @@ from infopt.kernels.cuda.layout import CHUNK, FLOATS, TILE, Packed
 
 MOST_TOKENS = 32
 WARPS = 8
+CLUSTERS = 90  # the first architecture whose blocks read each other's memory, and that begins a kernel early
 _BLOCKS_PER_PROCESSOR = 2  # as many as fit, whatever the number of tokens
 _LEAST_CHUNKS = 2  # of a block: below, adding up the parts costs more than it saves
+_CLUSTERED = 1.5  # of those in clusters: each cluster lies within one of the GPU's seven or eight parts
+_MOST_PARTS = 8  # the most blocks of a cluster that every GPU with clusters has
+_START = 2  # units that a block could have multiplied with while it begins and ends
 _ENTRY = """#include "device.cuh"
 #include "decode.cuh"
 extern "C" __global__ void __launch_bounds__(THREADS, {blocks}) kernel(const Decode d) {{ decode<{variant}>(d); }}
@@ -34,7 +38,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scales", "x", "bias", "y", "partial", "arrived")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns")),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "parts")),
     ]
 
 
@@ -55,23 +59,34 @@ def source(variant: str) -> jit.Source:
     return jit.Source(text, headers("device.cuh", "unpack.cuh", "decode.cuh"))
 
 
+@functools.cache
 def architecture(device: int) -> int:
     """What to compile for, for torch's CUDA device of this number."""
     return jit.supported(torch.cuda.get_device_capability(device), jit.nvrtc().architectures)
 
 
-def blocks(packed: Packed, processors: int) -> int:
-    """How many blocks share the work. It must not depend on the number of tokens, since the order of sums does on it."""
-    rows, columns = packed.shape
-    chunks = -(-rows // (WARPS * TILE)) * (columns // CHUNK)
-    per_unit = max(packed.group // CHUNK, 1)
-    return max(1, min(_BLOCKS_PER_PROCESSOR * processors, chunks // max(per_unit, _LEAST_CHUNKS)))
+def rows_of_blocks(packed: Packed) -> int:
+    """How many blocks the rows are for, with all columns."""
+    return -(-packed.shape[0] // (WARPS * TILE))
 
 
-def partial_sums(blocks: int, tokens: int) -> int:
-    """How many fp32 numbers the blocks may have to leave for each other: two parts of 128 rows each."""
+def parts(packed: Packed, processors: int, clusters: bool) -> int:
+    """In how many parts the columns are cut, each for a block: as many as end first, of those that run at once.
+    It must not depend on the number of tokens, since the order of sums does on it."""
+    columns, per_unit = packed.shape[1], max(packed.group, CHUNK)
+    units, most = columns // per_unit, min(_MOST_PARTS, max(1, columns // (_LEAST_CHUNKS * CHUNK)))
+
+    def end(parts: int) -> int:
+        at_once = processors * (_CLUSTERED if clusters and parts > 1 else _BLOCKS_PER_PROCESSOR)
+        return -(-rows_of_blocks(packed) * parts // at_once) * (-(-units // parts) + _START)
+
+    return min(range(1, min(units, most) + 1), key=end)
+
+
+def partial_sums(packed: Packed, parts: int, tokens: int) -> int:
+    """How many fp32 numbers the blocks leave for each other, without clusters."""
     eights = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    return blocks * 2 * WARPS * TILE * 8 * eights
+    return rows_of_blocks(packed) * parts * WARPS * TILE * 8 * eights
 
 
 def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -90,12 +105,15 @@ def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, out: Te
     device = x_TI.device
     bias = None if bias_O is None else bias_O.to(x_TI.dtype).contiguous()
     with torch.cuda.device(device):
-        count = blocks(packed, torch.cuda.get_device_properties(device).multi_processor_count)
-        partial = torch.empty(partial_sums(count, tokens), dtype=torch.float32, device=device)
+        clusters = architecture(device.index) >= CLUSTERS
+        count = parts(packed, torch.cuda.get_device_properties(device).multi_processor_count, clusters)
+        shared = count > 1 and not clusters
+        partial = torch.empty(partial_sums(packed, count, tokens) if shared else 0, dtype=torch.float32, device=device)
         pointers = (packed.weight, packed.scales, x_TI, bias, y, partial, packed.arrived)
-        arguments = Arguments(*(None if p is None else p.data_ptr() for p in pointers), tokens, rows, columns)
+        arguments = Arguments(*(None if p is None else p.data_ptr() for p in pointers), tokens, rows, columns, count)
         kernel = _kernel(variant(packed, x_TI.dtype, tokens), device.index)
-        kernel.launch(count, 32 * WARPS, torch.cuda.current_stream(device).cuda_stream, arguments)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        kernel.launch(rows_of_blocks(packed) * count, 32 * WARPS, stream, arguments, count if clusters else 1, clusters)
     return y
 
 

@@ -56,6 +56,7 @@ DEVICE void write_chunk(const Dequantize& d, int tile, int chunk, int lane) {
 
 template <typename V>
 DEVICE void dequantize(const Dequantize& d) {
+  wait_for_kernel_before();
   const int lane = threadIdx.x & 31, chunks = d.columns / CHUNK, tiles = (d.rows + 15) / 16;
   const int warps = gridDim.x * WARPS;
   for (int i = blockIdx.x * WARPS + (threadIdx.x >> 5); i < tiles * chunks; i += warps)

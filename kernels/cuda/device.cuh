@@ -12,6 +12,12 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
+#if __CUDA_ARCH__ >= 900
+constexpr bool CLUSTERS = true;
+#else
+constexpr bool CLUSTERS = false;
+#endif
+
 // The floating types of activations and scales.
 struct Half {
   static constexpr int BITS = 16;
@@ -73,6 +79,38 @@ DEVICE void device_fence() { __threadfence(); }
 
 // Counts to `last`, then starts again at 0; the value before.
 DEVICE u32 count_up(u32* counter, u32 last) { return atomicInc(counter, last); }
+
+// Until the kernel before has ended and what it wrote can be read; the one after may begin from then on.
+DEVICE void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --- clusters: blocks that run together and write to each other's shared memory --------------------------------------
+
+template <typename T, int COUNT>
+DEVICE T* block_memory() {
+  __shared__ T memory[COUNT];
+  return memory;
+}
+
+#if __CUDA_ARCH__ >= 900
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#else
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() {}
+#endif
+
+// To where the cluster's block of this number has what this block has at p, in shared memory.
+DEVICE void store_to_block(float4* p, int block, float4 v) {
+#if __CUDA_ARCH__ >= 900
+  u32 at = (u32)__cvta_generic_to_shared(p);
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(block));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+#endif
+}
 
 // --- arithmetic ---------------------------------------------------------------------------------------------------
 

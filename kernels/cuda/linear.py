@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infopt.kernels.cuda import decode
 from infopt.kernels.cuda.dense import dense
-from infopt.kernels.cuda.layout import Packed, pack
+from infopt.kernels.cuda.layout import Packed, gated_order, pack, ungated
 from infopt.kernels.operators import tile_linear
 from infopt.qtensor import QTensor
 
@@ -28,9 +28,10 @@ class CudaLinear:
     packed: Packed
 
     @classmethod
-    def of(cls, q: QTensor) -> CudaLinear | None:
-        """The weight packed on its own GPU; None for what the kernel does not read."""
-        packed = pack(q)
+    def of(cls, q: QTensor, gated: bool = False) -> CudaLinear | None:
+        """The weight packed on its own GPU; None for what the kernel does not read. gated: its first half is a gate, of which
+        silu is taken, and its second half what that is multiplied with."""
+        packed = pack(q, gated)
         return None if packed is None else cls(packed)
 
     @property
@@ -47,13 +48,14 @@ class CudaLinear:
         """It rounds nothing."""
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        """y [..., O] in the dtype of x [..., I]; the bias is added before y is rounded."""
+        """y [..., O], or [..., O / 2] of a gated weight, in the dtype of x [..., I]; the bias is added before y is rounded."""
         flat_TI, p = x_TI.reshape(-1, x_TI.shape[-1]), self.packed
         if flat_TI.dtype not in (torch.float16, torch.bfloat16):
             flat_TI = flat_TI.to(torch.bfloat16)
-        y_TO = tile_linear(
-            flat_TI, p.weight, p.scales, p.arrived, p.shape, p.codes, p.scale_dtype, p.group, p.zeros, p.zero, bias_O
-        )
+        if p.gated and bias_O is not None:
+            bias_O = bias_O[gated_order(len(bias_O)).to(bias_O.device)]
+        parts = (p.weight, p.scales, p.arrived, p.shape, p.codes, p.scale_dtype, p.group, p.zeros, p.zero)
+        y_TO = tile_linear(flat_TI, *parts, bias_O, p.gated)
         return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
 
 
@@ -62,4 +64,9 @@ def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
     if len(x_TI) <= decode.MOST_TOKENS:
         return decode.multiply(packed, x_TI, bias_O)
     bias = None if bias_O is None else bias_O.to(x_TI.dtype)
-    return F.linear(x_TI, dense(packed, x_TI.dtype), bias)
+    if not packed.gated:
+        return F.linear(x_TI, dense(packed, x_TI.dtype), bias)
+    from infopt.kernels.triton import rows  # where a GPU is
+
+    bias = None if bias is None else ungated(bias[:, None])[:, 0]
+    return rows.gated(F.linear(x_TI, dense(packed, x_TI.dtype), bias), "silu")[0]

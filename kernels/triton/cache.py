@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infopt.kernels.pages import Pages
-from infopt.kernels.triton.numeric import TINY, nearest, to_e4m3
+from infopt.kernels.triton.numeric import TINY, early, nearest, to_e4m3, wait_for_kernel_before
 
 
 @triton.jit
@@ -137,7 +137,9 @@ def _keep(
 def _rope_write(
     qkv, cos, sin, q_weight, k_weight, q, slots, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, HQ, H, D, R, eps,
     head_step, step, NORM: tl.constexpr, KIND: tl.constexpr, OWN: tl.constexpr, ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_before(EARLY)
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
     x = qkv + (n * (HQ + 2 * H) + h) * D
@@ -176,7 +178,7 @@ def rope_write(
             qkv_NHD, cos_NR, sin_NR, q_weight_D if norm else qkv_NHD, k_weight_D if norm else qkv_NHD, q_NHD, slots_N,
             keys.codes, k_scale, k_zero, values.codes, v_scale, v_zero, queries, keys.heads, width, cos_NR.shape[1], eps,
             head_step, step, NORM=norm, KIND=keys.kind, OWN=keys.own, ZERO=keys.zero is not None,
-            BLOCK=max(triton.next_power_of_2(width), 2), num_warps=1,
+            BLOCK=max(triton.next_power_of_2(width), 2), num_warps=1, **early(qkv_NHD),
         )  # fmt: skip
     return q_NHD
 

@@ -5,9 +5,10 @@ queries that share a head of keys, and a second kernel puts the splits together 
 queries of a group are the rows of a matrix product, padded to 16.
 
 Codes are never scaled in the loop: a token's scale multiplies its score, or its weight; a channel's scale of a calibration
-multiplies the query before the loop, or the result after it. Codes minus a zero point are whole numbers up to 255, which
-bf16 and fp16 hold exactly. A byte of two 4-bit values is one even and one odd channel, so there are two products of half
-the width and nothing is interleaved.
+multiplies the query before the loop, or the result after it. Nor do they meet their zero points: what is multiplied is a
+code's distance from the middle of the grid, a whole number that bf16 and fp16 hold exactly, and what a zero point is away
+from the middle, times the query or times the weights, is taken from the score or the sum. A byte of two 4-bit values is one
+even and one odd channel, so there are two products of half the width and nothing is interleaved.
 
 Legend: B texts, P pages of a text, Hq heads of queries, H heads of keys, D channels of a head, S splits.
 """
@@ -19,43 +20,36 @@ from torch import Tensor
 
 from infopt.kernels.pages import PAGE, Pages
 from infopt.kernels.triton.cache import parts
-from infopt.kernels.triton.numeric import from_e4m3, tanh
+from infopt.kernels.triton.numeric import early, from_e4m3, tanh, to_bf16, wait_for_kernel_before
 
 LOG2E = tl.constexpr(1.4426950408889634)
-TOKENS = 64  # of one step of a program; a split has a multiple of it
+TOKENS = 128  # of one step of a program; a split has a multiple of it
 MOST_SPLITS = 64
-_FILL = 264  # programs that fill a large GPU: two for each of 132 multiprocessors
+_FILL = 384  # programs that a large GPU runs at once: nearly three on each of 132 multiprocessors
 
 
 @triton.jit
-def _values(codes, at, c, n, LAST, zero, KIND: tl.constexpr, HIGH: tl.constexpr, TYPE: tl.constexpr):
-    """Codes minus zero point of tokens `at` [N, 1], channels c [1, D], in the type of the product."""
+def _whole(codes, at, c, n, LAST, KIND: tl.constexpr, HIGH: tl.constexpr, TYPE: tl.constexpr, PAIRS: tl.constexpr):
+    """What channels c [1, D] of the heads that begin at `at` [N, 1] have stored, in the type of the product: whole codes as
+    their distance from the middle of the grid, E4M3 and floats as they are."""
     inside = n & (c < LAST)
     if KIND == "none":
-        x = tl.load(codes + at * LAST + c, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(codes + at + c, mask=inside, other=0.0)
+        if codes.dtype.element_ty != TYPE:
+            x = x.to(tl.float32).to(TYPE)
     else:
-        byte = tl.load(codes + at * LAST + c, mask=inside, other=0)
-        if KIND == "fp8":
-            x = from_e4m3(byte)
+        byte = tl.load(codes + at + c, mask=inside, other=0)
+        if PAIRS:
+            x = to_bf16(byte, KIND, HIGH)
+        elif KIND == "fp8":
+            x = from_e4m3(byte).to(TYPE)
         elif KIND == "int8":
-            x = byte.to(tl.float32) - zero
+            x = (byte.to(tl.float32) - 128.0).to(TYPE)
         elif HIGH:
-            x = (byte >> 4).to(tl.float32) - zero
+            x = ((byte >> 4).to(tl.float32) - 8.0).to(TYPE)
         else:
-            x = (byte & 15).to(tl.float32) - zero
-    return x.to(TYPE)
-
-
-@triton.jit
-def _zero(zero, at, c, n, LAST, head_zero, step, KIND: tl.constexpr, OWN: tl.constexpr, ZERO: tl.constexpr):
-    """The zero point of tokens [N, 1] or channels [1, D]."""
-    z = 128.0 if KIND == "int8" else 8.0
-    if ZERO:
-        if OWN:
-            z = tl.load(zero + at, mask=n, other=0).to(tl.float32)
-        else:
-            z = tl.load(head_zero + c * step, mask=c < LAST, other=0.0)
-    return z
+            x = ((byte & 15).to(tl.float32) - 8.0).to(TYPE)
+    return x
 
 
 @triton.jit
@@ -63,8 +57,9 @@ def _decode(
     q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, tables, pages, lengths, sums, tops, totals, scaling, P, H, D,
     head_step, step, WINDOW: tl.constexpr, CAP: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
     KIND: tl.constexpr, OWN: tl.constexpr, ZERO: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_before(EARLY)
     b, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     half: tl.constexpr = KIND == "int4"
     more: tl.constexpr = 2 if half else 1  # channels of a byte
@@ -85,7 +80,27 @@ def _decode(
             q1 *= tl.load(at_scale + step, mask=c < last, other=0.0)[None, :]
     q0 = q0.to(TYPE)
     q1 = q1.to(TYPE)
+    middle: tl.constexpr = 8.0 if half else 128.0
+    from_zero = tl.zeros((ROWS,), tl.float32)  # what a zero point, or its distance from the middle, adds to a score
+    if ZERO:
+        z0, z1 = 1.0, 1.0
+        if not OWN:
+            at_zero = k_zero + head * head_step + c * more * step
+            z0 = (tl.load(at_zero, mask=c < last, other=middle) - middle)[None, :]
+            if half:
+                z1 = (tl.load(at_zero + step, mask=c < last, other=middle) - middle)[None, :]
+        from_zero = tl.sum(q0.to(tl.float32) * z0, axis=1)
+        if half:
+            from_zero += tl.sum(q1.to(tl.float32) * z1, axis=1)
 
+    k_codes += head * last
+    v_codes += head * last
+    if OWN:
+        k_scale += head
+        v_scale += head
+        if ZERO:
+            k_zero += head
+            v_zero += head
     length = tl.load(lengths + b)
     count = tl.load(pages + b)
     first = 0
@@ -98,20 +113,26 @@ def _decode(
     total = tl.zeros((ROWS,), tl.float32)
     sum0 = tl.zeros((ROWS, BLOCK), tl.float32)
     sum1 = sum0
+    below = tl.zeros((ROWS,), tl.float32)  # what zero points take from each sum, or the weights that they have
     for start in range(begin, end, TOKENS):
         position = start + tl.arange(0, TOKENS)
         there = position < length
-        page = tl.load(tables + b * P + position // PAGE_SIZE % count, mask=there, other=0).to(tl.int64)
-        at = (page * PAGE_SIZE + position % PAGE_SIZE) * H + head
-        n, a, cc = there[:, None], at[:, None], c[None, :]
-        hz = k_zero + head * head_step
-        z = _zero(k_zero, a, cc * more, n, D, hz, step, KIND, OWN, ZERO)
-        key = _values(k_codes, a, cc, n, last, z, KIND, False, TYPE)
-        score = tl.dot(q0, tl.trans(key), input_precision=PRECISION)
+        place = position // PAGE_SIZE
+        if WINDOW > 0:  # a ring
+            place = place % count
+        slot = tl.load(tables + b * P + place, mask=there, other=0).to(tl.int32) * PAGE_SIZE + position % PAGE_SIZE
+        at = slot.to(tl.int64) * H
+        n, a, cc = there[:, None], slot.to(tl.int64)[:, None] * (H * last), c[None, :]
+        score = tl.dot(
+            q0, tl.trans(_whole(k_codes, a, cc, n, last, KIND, False, TYPE, PAIRS)), input_precision=PRECISION
+        )
         if half:
-            z = _zero(k_zero, a, cc * more + 1, n, D, hz, step, KIND, OWN, ZERO)
-            key = _values(k_codes, a, cc, n, last, z, KIND, True, TYPE)
-            score += tl.dot(q1, tl.trans(key), input_precision=PRECISION)
+            key = _whole(k_codes, a, cc, n, last, KIND, True, TYPE, PAIRS)
+            score = tl.dot(q1, tl.trans(key), score, input_precision=PRECISION)
+        if ZERO and OWN:
+            score -= from_zero[:, None] * (tl.load(k_zero + at, mask=there, other=0).to(tl.float32) - middle)[None, :]
+        elif ZERO:
+            score -= from_zero[:, None]
         score *= scaling
         if OWN:
             score *= tl.load(k_scale + at, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -128,16 +149,27 @@ def _decode(
         if OWN:
             weight *= tl.load(v_scale + at, mask=there, other=0.0).to(tl.float32)[None, :]
         weight = weight.to(TYPE)
-        hz = v_zero + head * head_step
-        z = _zero(v_zero, a, cc * more, n, D, hz, step, KIND, OWN, ZERO)
-        value = _values(v_codes, a, cc, n, last, z, KIND, False, TYPE)
-        sum0 = sum0 * shrink[:, None] + tl.dot(weight, value, input_precision=PRECISION)
+        if ZERO:
+            w = weight.to(tl.float32)
+            if OWN:
+                w *= (tl.load(v_zero + at, mask=there, other=0).to(tl.float32) - middle)[None, :]
+            below = below * shrink + tl.sum(w, axis=1)
+        value = _whole(v_codes, a, cc, n, last, KIND, False, TYPE, PAIRS)
+        sum0 = tl.dot(weight, value, sum0 * shrink[:, None], input_precision=PRECISION)
         if half:
-            z = _zero(v_zero, a, cc * more + 1, n, D, hz, step, KIND, OWN, ZERO)
-            value = _values(v_codes, a, cc, n, last, z, KIND, True, TYPE)
-            sum1 = sum1 * shrink[:, None] + tl.dot(weight, value, input_precision=PRECISION)
+            value = _whole(v_codes, a, cc, n, last, KIND, True, TYPE, PAIRS)
+            sum1 = tl.dot(weight, value, sum1 * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
+    if ZERO:
+        z0, z1 = 1.0, 1.0
+        if not OWN:
+            at_zero = v_zero + head * head_step + c * more * step
+            z0 = (tl.load(at_zero, mask=c < last, other=middle) - middle)[None, :]
+            if half:
+                z1 = (tl.load(at_zero + step, mask=c < last, other=middle) - middle)[None, :]
+        sum0 -= below[:, None] * z0
+        sum1 -= below[:, None] * z1
     if KIND != "none" and not OWN:
         at_scale = v_scale + head * head_step + c * more * step
         sum0 *= tl.load(at_scale, mask=c < last, other=0.0)[None, :]
@@ -153,7 +185,8 @@ def _decode(
 
 
 @triton.jit
-def _merge(sums, tops, totals, y, D, S, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _merge(sums, tops, totals, y, D, S, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_kernel_before(EARLY)
     query = tl.program_id(0).to(tl.int64)
     s, c = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
     tops_S = tl.load(tops + query * S + s, mask=s < S, other=-float("inf"))
@@ -188,13 +221,16 @@ def paged_decode(
         q_BHD, keys.codes, k_scale, k_zero, values.codes, v_scale, v_zero, tables_BP.contiguous(), pages_B, lengths_B,
         sums, tops, totals, scaling, tables_BP.shape[1], keys.heads, width, head_step, step, WINDOW=window or 0,
         CAP=cap or 0.0, GROUP=group, PAGE_SIZE=PAGE, KIND=keys.kind, OWN=keys.own, ZERO=keys.zero is not None,
-        TYPE=TYPES[q_BHD.dtype], PRECISION="ieee" if exact else "tf32", ROWS=max(16, triton.next_power_of_2(group)),
+        TYPE=TYPES[q_BHD.dtype], PRECISION="ieee" if exact else "tf32",
+        PAIRS=keys.kind != "none" and q_BHD.dtype == torch.bfloat16 and not q_BHD.is_cpu,
+        ROWS=max(16, triton.next_power_of_2(group)),
         BLOCK=max(16, triton.next_power_of_2(width // (2 if keys.kind == "int4" else 1))),
-        TOKENS=32 if exact else TOKENS, num_warps=4, num_stages=2,
+        TOKENS=32 if exact else TOKENS if width <= 128 else TOKENS // 2, num_warps=4,
+        num_stages=3 if width <= 128 and not exact else 2, **early(q_BHD),
     )  # fmt: skip
     _merge[(texts * queries,)](
         sums, tops, totals, y_BHD, width, count, SPLITS=triton.next_power_of_2(count),
-        BLOCK=triton.next_power_of_2(width), num_warps=2,
+        BLOCK=triton.next_power_of_2(width), num_warps=2, **early(q_BHD),
     )  # fmt: skip
     return y_BHD
 
@@ -203,5 +239,5 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 
 
 def _splits(programs: int, tokens: int) -> int:
-    """Enough programs for the GPU, of four steps or more each."""
-    return max(1, min(MOST_SPLITS, -(-_FILL // programs), tokens // (4 * TOKENS)))
+    """As many programs as the GPU runs at once, of a step or more each."""
+    return max(1, min(MOST_SPLITS, _FILL // programs, tokens // TOKENS))

@@ -123,11 +123,12 @@ def int8_linear(
     y_TO = torch.empty(tokens, rows, dtype=dtype, device=x_TI.device)
     if y_TO.numel() == 0:
         return y_TO
-    step = min(max(16, triton.next_power_of_2(tokens)), 128)
-    _int8_linear[(triton.cdiv(rows, 64), triton.cdiv(tokens, step))](
+    step = min(max(16, triton.next_power_of_2(tokens)), 256)
+    height = 64 if step <= 128 else 128
+    _int8_linear[(triton.cdiv(rows, height), triton.cdiv(tokens, step))](
         x_TI.contiguous(), x_scale, w_OI, w_scale, w_scale if bias_O is None else bias_O, y_TO, tokens, columns, rows,
-        int(x_scale.numel() > 1), int(w_scale.numel() > 1), HAS_BIAS=bias_O is not None, TOKENS=step, ROWS=64,
-        COLUMNS=BLOCK, num_warps=4 if step <= 64 else 8, num_stages=3,
+        int(x_scale.numel() > 1), int(w_scale.numel() > 1), HAS_BIAS=bias_O is not None, TOKENS=step,
+        ROWS=height, COLUMNS=BLOCK, num_warps=4 if step <= 64 else 8, num_stages=3,
     )  # fmt: skip
     return y_TO
 

@@ -4,7 +4,7 @@
 | ------------------------ | --------------------------------------- | ----------------------------------------------- |
 | floats                   | rows or groups of rows, 2 to 8 bits     | `weight.multiply`; many tokens: written out     |
 | int8, per token or fixed | 8 bits, symmetric, per channel          | `rows.quantize`, `gemm.int8_linear`             |
-| E4M3                     | E4M3, tensor, channels, blocks of 128   | `rows.quantize`, `gemm.fp8_linear`              |
+| E4M3                     | E4M3, tensor, channels, blocks of 128   | `rows.quantize`, `fp8_product`                  |
 | anything else            |                                         | dequantized once, in the precision of `exact`   |
 
 `exact` is fp32 on a GPU too: what `verify` compares with.
@@ -24,7 +24,8 @@ from infopt.kernels.packing import Packed
 from infopt.kernels.triton import gemm, rows, weight
 from infopt.qtensor import QTensor
 
-MANY = 256  # tokens from which a weight is written out for one product
+MANY = 128  # tokens from which a weight is written out for one product
+SOME = 64  # tokens from which torch's product of E4M3 is the faster one
 TYPE = torch.bfloat16
 _NAMES = {"int4": "triton-w4a16", "int8": "triton-w8a16", "fp8": "triton-fp8a16"}
 
@@ -85,11 +86,25 @@ def _fits_fp8(q: QTensor, inputs: Inputs) -> bool:
 
 def _fp8(q: QTensor, inputs: Inputs) -> PreparedLinear:
     codes_OI, scale = q.codes.view(FP8), q.scale.to(torch.float32)
-    native = codes_OI.device.type != "cuda" or torch.cuda.get_device_capability(codes_OI.device) >= (8, 9)
 
     def multiply(x_TI: Tensor) -> Tensor:
         given = None if inputs.dynamic else q.input_scale
         x_TI, x_scale = rows.quantize(x_TI, "fp8", inputs.group or 0, given)
-        return gemm.fp8_linear(x_TI, x_scale, codes_OI, scale, q.grid.rows or q.shape[0], None, torch.float32, native)
+        return fp8_product(x_TI, x_scale, codes_OI, scale, q.grid.rows or q.shape[0], torch.float32)
 
     return PreparedLinear("triton-fp8", multiply, codes_OI.nbytes + scale.nbytes)
+
+
+def fp8_product(
+    x_TI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale_RG: Tensor, rows_of_scale: int, dtype: torch.dtype
+) -> Tensor:
+    """y [T, O]; the arguments are those of `gemm.fp8_linear`. Many tokens go to torch's own kernel, which rounds y to bf16, where it
+    has one: for scales of whole rows on Hopper and later."""
+    tokens, (rows, columns) = len(x_TI), w_OI.shape
+    capability = torch.cuda.get_device_capability(w_OI.device) if w_OI.is_cuda else (8, 9)
+    whole = x_scale.shape[-1] == w_scale_RG.shape[1] == 1 and rows_of_scale in (1, rows)
+    if tokens < SOME or not whole or rows % 16 or columns % 16 or not w_OI.is_cuda or capability < (9, 0):
+        return gemm.fp8_linear(x_TI, x_scale, w_OI, w_scale_RG, rows_of_scale, None, dtype, capability >= (8, 9))
+    x_scale, w_scale = x_scale.reshape(-1, 1).expand(tokens, 1), w_scale_RG.reshape(1, -1).expand(1, rows)
+    y_TO = torch._scaled_mm(x_TI, w_OI.T, x_scale.contiguous(), w_scale.contiguous(), out_dtype=TYPE)
+    return y_TO.to(dtype)

@@ -12,14 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from infopt.errors import Unsupported
-from infopt.kernels.triton.numeric import TINY, activate, to_e4m3, to_int8
+from infopt.kernels.triton.numeric import TINY, activate, early, quotient, to_e4m3, to_int8, wait_for_kernel_before
 
 LONGEST = 65536
 _FP8 = torch.float8_e4m3fn
 
 
 @triton.jit
-def _put(h, y, given, scale, t, g, c, C, KIND: tl.constexpr, STATIC: tl.constexpr, GROUP: tl.constexpr):
+def _put(
+    h, y, given, scale, t, g, c, C, KIND: tl.constexpr, STATIC: tl.constexpr, GROUP: tl.constexpr, GPU: tl.constexpr
+):
     """Store a row h [G, K], as it is or as codes with their scales."""
     inside = c < C
     if KIND == "none":
@@ -33,7 +35,10 @@ def _put(h, y, given, scale, t, g, c, C, KIND: tl.constexpr, STATIC: tl.constexp
             s = tl.maximum(tl.div_rn(most, tl.full(most.shape, largest, tl.float32)), TINY)
             tl.store(scale + t * tl.cdiv(C, GROUP) + g, s, mask=g * GROUP < C)
             s = s[:, None]
-        ratio = tl.div_rn(h, s + tl.zeros_like(h))
+        if GPU and not STATIC:
+            ratio = quotient(h, s, tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s))
+        else:
+            ratio = tl.div_rn(h, s + tl.zeros_like(h))
         if KIND == "int8":
             tl.store(y + t * C + c, to_int8(ratio).to(tl.int8), mask=inside)
         else:
@@ -43,8 +48,9 @@ def _put(h, y, given, scale, t, g, c, C, KIND: tl.constexpr, STATIC: tl.constexp
 @triton.jit
 def _add_rms_norm(
     x, residual, weight, y, summed, given, scale, C, eps, ADD: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr,
-    STATIC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    STATIC: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, GPU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_before(EARLY)
     t = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BLOCK // GROUP)
     c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -58,20 +64,21 @@ def _add_rms_norm(
     if NORM:
         mean = tl.sum(tl.sum(h * h, axis=1), axis=0) / C
         h = h * tl.rsqrt(mean + eps) * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    _put(h, y, given, scale, t, g, c, C, KIND, STATIC, GROUP)
+    _put(h, y, given, scale, t, g, c, C, KIND, STATIC, GROUP, GPU)
 
 
 @triton.jit
 def _gated(
     x, y, given, scale, C, ACT: tl.constexpr, KIND: tl.constexpr, STATIC: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, GPU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_before(EARLY)
     t = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BLOCK // GROUP)
     c = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     gate = tl.load(x + t * 2 * C + c, mask=c < C, other=0.0).to(tl.float32)
     up = tl.load(x + t * 2 * C + C + c, mask=c < C, other=0.0).to(tl.float32)
-    _put(activate(gate, ACT) * up, y, given, scale, t, g, c, C, KIND, STATIC, GROUP)
+    _put(activate(gate, ACT, GPU) * up, y, given, scale, t, g, c, C, KIND, STATIC, GROUP, GPU)
 
 
 def add_rms_norm(
@@ -132,8 +139,11 @@ def _prepare(
     y = torch.empty(len(x), width, dtype=dtype, device=x.device)
     groups = (1, 1) if kind == "none" or given is not None else (len(x), width // group if group else 1)
     scale = torch.empty(groups, dtype=torch.float32, device=x.device) if given is None else given
-    warps = min(max(block // 1024, 1), 16)
-    launch = {"KIND": kind, "STATIC": given is not None, "GROUP": group or block, "BLOCK": block, "num_warps": warps}
+    warps = min(max(block // 512, 1), 32 if block <= 16384 else 16)  # more would not have the registers for longer rows
+    launch = {
+        "KIND": kind, "STATIC": given is not None, "GROUP": group or block, "BLOCK": block, "num_warps": warps,
+        "GPU": not x.is_cpu, **early(x),
+    }  # fmt: skip
     return y, scale, launch
 
 

@@ -3,9 +3,10 @@
 // barrier, and all blocks of the grid are under way at once.
 //
 // Between two such meetings threads run in an order that a seed decides, and unfairly so: each warp has a priority, and
-// the least of them runs only when all others wait. A kernel that lacks a barrier then reads what was not yet written.
-// Buffers are registered; a load or store outside of them is a fault. Not modelled: caches and the order in which a
-// warp's stores become visible (a missing fence goes unnoticed), bank conflicts, time.
+// the least of them runs only when all others wait, until two of them change places. A kernel that lacks a barrier then
+// reads what was not yet written. Buffers are registered; a load or store outside of them is a fault, and so is what a
+// kernel does too early, before the one before it has ended. Not modelled: caches and the order in which a warp's stores
+// become visible (a missing fence goes unnoticed), bank conflicts, time.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -20,6 +21,11 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef unsigned long long u64;
 #define DEVICE inline
+#ifdef WITH_CLUSTERS
+constexpr bool CLUSTERS = true;
+#else
+constexpr bool CLUSTERS = false;
+#endif
 
 struct Half {
   static constexpr int BITS = 16;
@@ -47,11 +53,14 @@ namespace emulator {
 
 constexpr int LANES = 32;
 constexpr size_t STACK = 64 * 1024;
+constexpr size_t MEMORY = 48 * 1024;  // of a block
 
 // All of these begin as zeros.
 struct Fiber {
   jmp_buf state;
-  bool started, done, waits;
+  bool started, done, waits, waits_for_cluster, may_read;
+  int phase;
+  size_t memory;  // of its block's, that it has asked for
 };
 struct Warp {
   u32 a[LANES][4], b[LANES][2];
@@ -61,7 +70,10 @@ struct Warp {
 };
 struct Block {
   int waiting, left;
-  bool any, answer;
+  bool any, answer, begun;
+};
+struct Cluster {
+  int arrived, phase;
 };
 struct Buffer {
   const char* begin;
@@ -71,6 +83,8 @@ struct Buffer {
 static Fiber* fibers;
 static Warp* warps;
 static Block* blocks;
+static Cluster* clusters;
+static char* memory;  // of all blocks
 static const Buffer* buffers;
 static int buffer_count;
 static void (*body)(const void* arguments);
@@ -78,7 +92,7 @@ static const void* body_arguments;
 static const char* fault;  // what went wrong first
 static u32 state;          // of the scheduler's random numbers
 static jmp_buf scheduler;
-static int current, threads;
+static int current, threads, cluster_size;
 
 inline void failed(const char* what) {
   if (!fault) fault = what;
@@ -91,9 +105,12 @@ inline u32 random_below(u32 limit) {  // xorshift32
   return state % limit;
 }
 
+inline char* block_memory(int block) { return memory + block * MEMORY; }
 template <typename T>
 bool inside(const T* p) {
   const char* at = (const char*)p;
+  const char* own = block_memory(current / threads);
+  if (at >= own && at + sizeof(T) <= own + MEMORY) return true;
   for (int i = 0; i < buffer_count; i++)
     if (at >= buffers[i].begin && at + sizeof(T) <= buffers[i].end) {
       if ((at - buffers[i].begin) % sizeof(T)) failed("an unaligned access");
@@ -125,7 +142,7 @@ inline void resume(int thread, char* stacks) {
   blockIdx.x = thread / threads;
   if (_setjmp(scheduler)) return;
   if (f.started) _longjmp(f.state, 1);
-  f.started = true;
+  f.started = blocks[thread / threads].begun = true;
   static ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stacks + thread * STACK;
@@ -154,9 +171,35 @@ inline bool meet(bool mine) {
   return block.answer;
 }
 
+inline Cluster& own_cluster() { return clusters[current / (threads * cluster_size)]; }
+
+inline void cluster_arrive() {
+  Cluster& cluster = own_cluster();
+  const int count = threads * cluster_size, first = current / count * count;
+  fibers[current].phase = cluster.phase;
+  if (++cluster.arrived < count) return;
+  cluster.arrived = 0;
+  cluster.phase++;
+  for (int i = first; i < first + count; i++)
+    if (fibers[i].waits_for_cluster) fibers[i].waits = fibers[i].waits_for_cluster = false;
+}
+
+inline void cluster_wait() {
+  leave();
+  if (own_cluster().phase != fibers[current].phase) return;
+  fibers[current].waits_for_cluster = true;
+  wait();
+}
+
+inline void must_be_late() {
+  if (!fibers[current].may_read) failed("it does not wait for the kernel before");
+}
+
 // Runs `run` for every thread of every block; nothing, or what went wrong.
-inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)(const void*), const void* arguments) {
+inline const char* launch(
+    int grid, int threads_per_block, int blocks_per_cluster, u32 seed, void (*run)(const void*), const void* arguments) {
   threads = threads_per_block;
+  cluster_size = blocks_per_cluster;
   const int total = grid * threads, warp_count = total / LANES;
   body = run;
   body_arguments = arguments;
@@ -166,6 +209,9 @@ inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)
   fibers = (Fiber*)calloc(total, sizeof(Fiber));
   warps = (Warp*)calloc(warp_count, sizeof(Warp));
   blocks = (Block*)calloc(grid, sizeof(Block));
+  clusters = (Cluster*)calloc(grid, sizeof(Cluster));
+  memory = (char*)malloc(grid * MEMORY);
+  memset(memory, 0xff, grid * MEMORY);  // NaN
   for (int i = 0; i < grid; i++) blocks[i].left = threads;
   char* stacks = (char*)mmap(nullptr, total * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   int* order = (int*)malloc(warp_count * sizeof(int));
@@ -188,14 +234,18 @@ inline const char* launch(int grid, int threads_per_block, u32 seed, void (*run)
           left--;
           Block& block = blocks[thread / threads];
           block.left--;
+          if (!block.left) block.begun = false;
           if (block.left && block.waiting == block.left) failed("a thread returned while others wait at a barrier");
         }
       }
     }
     if (!moved) failed("a deadlock: every thread waits");
+    if (random_below(4)) continue;
+    const int i = random_below(warp_count), j = random_below(warp_count), other = order[i];
+    order[i] = order[j], order[j] = other;
   }
   munmap(stacks, total * STACK);
-  free(fibers), free(warps), free(blocks), free(order);
+  free(fibers), free(warps), free(blocks), free(clusters), free(memory), free(order);
   return fault;
 }
 
@@ -232,9 +282,16 @@ inline T read(const T* p) {
   return emulator::inside(p) ? *p : T{};
 }
 inline uint4 load_once(const uint4* p) { return read(p); }
-inline uint4 load_again(const uint4* p) { return read(p); }
-inline u16 load_value(const u16* p) { return read(p); }
-inline float4 load_shared_result(const float4* p) { return read(p); }
+inline uint4 load_again(const uint4* p) { return emulator::must_be_late(), read(p); }
+inline u16 load_value(const u16* p) { return emulator::must_be_late(), read(p); }
+inline float4 load_shared_result(const float4* p) { return emulator::must_be_late(), read(p); }
+inline void store_to_block(float4* p, int block, float4 v) {
+  using namespace emulator;
+  leave();
+  const int own = current / threads, other = own / cluster_size * cluster_size + block;
+  if (!blocks[other].begun) failed("a store to a block that has not begun, or has ended");
+  if (inside(p)) *(float4*)((char*)p + (other - own) * (intptr_t)MEMORY) = v;
+}
 template <int N>
 inline void load_words(u32 (&to)[N], const u32* p) {
   struct alignas(4 * N) Vector {
@@ -245,8 +302,20 @@ inline void load_words(u32 (&to)[N], const u32* p) {
 }
 template <typename T>
 inline void store(T* p, T value) {
+  emulator::must_be_late();
   if (emulator::inside(p)) *p = value;
 }
+inline void wait_for_kernel_before() { emulator::fibers[emulator::current].may_read = true; }
+template <typename T, int COUNT>
+inline T* block_memory() {
+  using namespace emulator;
+  Fiber& f = fibers[current];  // all threads of a block ask for the same, in the same order
+  f.memory += sizeof(T) * COUNT;
+  if (f.memory > MEMORY) failed("a block that needs more memory than there is");
+  return (T*)(emulator::block_memory(current / threads) + f.memory - sizeof(T) * COUNT);
+}
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
 
 inline void block_barrier() { emulator::meet(false); }
 inline bool block_any(bool mine) { return emulator::meet(mine); }
