@@ -66,7 +66,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{where['date']}-{where['commit'][:7]}"
     results: dict[str, Any] = {"schema": gpu_report.SCHEMA, "provenance": where, "tests": "not run", "rows": []}
-    before = previous(folder, name)
+    before = gpu_report.newest(folder, name)
 
     def save() -> None:
         write(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
@@ -86,7 +86,7 @@ def main() -> int:
     pairs = [(op, case) for op in ops for case in op.cases]
     run = Run(seed, results["ceilings"])
     for stage, reserve in ((check, MEASURING * options.budget), (measure, LAST_CASE)):
-        for (op, case), row in zip(pairs, rows, strict=True):
+        for (op, case), row in in_order(list(zip(pairs, rows, strict=True))):
             if left() > reserve:
                 attempt(stage, op, case, row, run)
         save()
@@ -144,10 +144,10 @@ def run_tests(report: Path) -> int | str:
 
 
 def row_of(op: Op, case: Case) -> Row:
-    kernel = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in op.sources)).hexdigest()
     return {
         "op": op.name, "backend": op.ours.name, "shape": case.label, "tokens": case.tokens,
-        "dtype": str(op.dtype).removeprefix("torch."), "kernel_sha": kernel, "flops": op.flops(case),
+        "dtype": str(op.dtype).removeprefix("torch."), "sources": list(op.sources),
+        "kernel_sha": gpu_report.kernel_sha(ROOT, op.sources), "flops": op.flops(case),
         "us_median": None, "us_spread": None, "floor_us": None, "pct_floor": None, "anchor_us": {},
         "rel_err": None, "limit": op.limit or LIMITS[op.dtype], "deterministic": None,
     }  # fmt: skip
@@ -163,6 +163,16 @@ class Run:
     def inputs(self, op: Op, case: Case) -> Any:
         number = int.from_bytes(hashlib.sha256(f"{self.seed} {op.name} {case}".encode()).digest()[:6], "little")
         return op.make(case, torch.Generator(self.device).manual_seed(number))
+
+
+def in_order(rows: list[Any]) -> list[Any]:
+    """The first case of every op, then the second of every op, ...: a short budget leaves out some of each."""
+    seen: dict[str, int] = {}
+    places = []
+    for (op, _), _ in rows:
+        places.append(seen.get(op.name, 0))
+        seen[op.name] = places[-1] + 1
+    return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def attempt(stage: Stage, op: Op, case: Case, row: Row, run: Run) -> None:
@@ -210,12 +220,6 @@ def graph_of(contender: Contender, inputs: Any, run: Run) -> Any:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
-
-
-def previous(folder: Path, name: str) -> list[Row]:
-    """The rows of the newest results of this GPU that are not this run's own."""
-    files = sorted(path for path in folder.glob("*.json") if path.stem != name)
-    return json.loads(files[-1].read_text())["rows"] if files else []
 
 
 def write(path: Path, text: str) -> None:

@@ -214,7 +214,8 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
 
 def join_gated(block: nn.Module, names: Sequence[str], codes: Codes, act: nn.Module) -> Linear | None:
     """A gate and what it is multiplied with as one linear layer that gives their product, where a GPU's kernel does that."""
-    whole = _one([codes(name) for name in names])
+    found = [codes(name) for name in names]
+    whole = None if any(q is None for q in found) else _one(found)
     if whole is None or whole.codes.device.type != "cuda" or not _is_silu(act):
         return None
     from infopt.kernels.cuda.linear import CudaLinear

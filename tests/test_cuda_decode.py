@@ -92,12 +92,13 @@ class Mutation:
 
 SPLIT = Case(5, 160, 512, Grid(4, 128, False, HALF), HALF, 3)
 PLAIN = Case(9, 128, 256, Grid(4, 64, True, BFLOAT), HALF, 1)
+STAGED = Case(17, 128, 256, Grid(4, 64, True, BFLOAT), HALF, 1)
 MUTATIONS = (
     Mutation("a barrier removed", "decode.cuh", "    device_fence();\n    block_barrier();\n", "    device_fence();\n",
              replace(SPLIT, parts=4)),
-    Mutation("x overwritten while it is read", "decode.cuh", "          block_barrier();\n", "", PLAIN),
-    Mutation("x of the unit before", "decode.cuh", "(at + i - from) % 2 * X", "(at + i - from + 1) / 2 % 2 * X", PLAIN),
-    Mutation("x of another token", "decode.cuh", "i / 64 % V::TOKENS * 8", "i / 128 % V::TOKENS * 8", PLAIN),
+    Mutation("x overwritten while it is read", "decode.cuh", "          block_barrier();\n", "", STAGED),
+    Mutation("x of the unit before", "decode.cuh", "(at + i - from) % 2 * X", "(at + i - from + 1) / 2 % 2 * X", STAGED),
+    Mutation("x of another token", "decode.cuh", "i / 64 % V::TOKENS * 8", "i / 128 % V::TOKENS * 8", STAGED),
     Mutation("threads that do not wait", "decode.cuh", "!block_any(complete)", "!complete", SPLIT),
     Mutation("the first to arrive adds up", "decode.cuh", "last) == last", "last) == 0", SPLIT),
     Mutation("counters that stay", "decode.cuh", "d.arrived + row, last)", "d.arrived + row, 99)", SPLIT),
@@ -118,7 +119,7 @@ MUTATIONS = (
     Mutation("the wrong part of x", "decode.cuh", "{j % 2 ? tokens[n].z : tokens[n].x, j",
              "{j % 2 ? tokens[n].x : tokens[n].z, j", PLAIN),
     Mutation("tokens that are not there", "decode.cuh", "there = token < d.tokens ? token : d.tokens - 1", "there = token",
-             PLAIN),
+             STAGED),
     Mutation("tokens that are not there, of a few", "decode.cuh", "(token < d.tokens ? token : d.tokens - 1)", "token",
              SPLIT),
     Mutation("the wrong half of a weight's word", "unpack.cuh", "above = q >> 8", "above = q >> 4", PLAIN),

@@ -98,7 +98,7 @@ def test_a_block_that_computes_something_else_gets_no_decoder(folder: Path) -> N
         engine = Engine(folder, "packed", device="cuda", capture=again)
         decoder = engine.decoder
         assert isinstance(decoder, GpuDecoder)
-        decoder.blocks[0].act = "gelu"
+        decoder.blocks[0].head_eps = 1.0
         with torch.inference_mode():
             assert not proven(decoder, engine.model, engine.kinds, engine.device)
 

@@ -224,3 +224,48 @@ def test_a_step_of_a_whole_model_is_right() -> None:
     found = op.anchors[0].prepare(model)()[0].double()
     assert (found - wanted).norm() < op.limit * wanted.norm()
     assert 0 < op.ours.nbytes(model) < op.anchors[0].nbytes(model)
+
+
+# --- docs/performance.md ------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_repository_is_what_its_results_make() -> None:
+    made = gpu_report.performance(ROOT / "benchmarks" / "results", ROOT)
+    assert (ROOT / "docs" / "performance.md").read_text() == made, "run benchmarks/gpu_report.py"
+
+
+def test_results_are_of_this_schema_and_name_their_sources() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        found = json.loads(path.read_text())
+        assert found["schema"] == gpu_report.SCHEMA
+        assert all((ROOT / source).exists() for row in found["rows"] for source in row["sources"])
+        assert not any(gpu_report.failures(row) for row in found["rows"]), path
+
+
+def test_the_newest_time_of_each_row_is_shown_and_a_kernel_that_changed_is_marked(tmp_path) -> None:
+    root, folder = tmp_path / "root", tmp_path / "results" / "gpu"
+    (root / "kernels" / "cuda").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for name in OPS[0].sources:
+        (root / name).write_text("int one; // a remark\n")
+    as_it_is = gpu_report.kernel_sha(root, OPS[0].sources)
+    first, second = (dict(row, kernel_sha=as_it_is) for row in rows())
+    first, second = dict(first, sources=list(OPS[0].sources)), dict(second, sources=list(OPS[0].sources))
+    (folder / "2026-01-01.json").write_text(json.dumps(results([first, dict(second, us_median=30.0, us_spread=0.0,
+                                                                            floor_us=18.0, pct_floor=60.0)])))  # fmt: skip
+    (folder / "2026-01-02.json").write_text(json.dumps(results([dict(first, us_median=19.0), second])))
+    page = gpu_report.performance(tmp_path / "results", root)
+    assert "| 8B gate_up | 1 | 19.00 |" in page  # the newer one
+    assert "| 8B gate_up | 16 | 30.00 |" in page  # the one that has a time
+    assert "changed since |" not in page
+    (root / OPS[0].sources[0]).write_text("int one;   // another\n")
+    assert gpu_report.performance(tmp_path / "results", root) == page
+    (root / OPS[0].sources[0]).write_text("int two;\n")
+    assert gpu_report.performance(tmp_path / "results", root).count("changed since |") == 2
+
+
+def test_a_short_budget_leaves_out_some_of_each_op() -> None:
+    pairs = [((op, case), {}) for op in OPS[:2] for case in op.cases]
+    names = [op.name for (op, _), _ in gpu_check.in_order(pairs)]
+    assert names[:4] == [OPS[0].name, OPS[1].name] * 2
+    assert len(names) == len(pairs)

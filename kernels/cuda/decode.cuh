@@ -9,7 +9,7 @@
 // is free, because x is permuted in the same way: by being loaded as two 16-byte vectors, at columns 8 t and 32 + 8 t.
 //
 // Work: a unit is 128 output rows (one tile for each warp of a block) times the columns of one scale, 64 at least. The warps
-// of a block walk along the same columns, so x is read from the L2 once for 128 rows; more than eight tokens by all threads
+// of a block walk along the same columns, so x is read from the L2 once for 128 rows; more than 16 tokens by all threads
 // together, one unit ahead, into shared memory in the order of fragments. Loads of weights run `RING` vectors ahead in registers. Where there are too few rows to fill the GPU, the columns of 128 rows are cut into as many parts (`parts` in
 // decode.py), one for each of as many blocks, whose sums are added in the order of the columns: where blocks form clusters each
 // tile by one of them, into whose shared memory the others write; elsewhere out of the L2, by whoever arrives last.
@@ -50,7 +50,7 @@ struct Variant {
   static constexpr int VECTORS = (CODES == INT4 ? 1 : 2) * UNIT / CHUNK;  // per lane and unit
   static constexpr int RING = TOKENS == 1 ? 8 : 4;                   // vectors in flight per lane; registers bound it
   static constexpr int DEPTH = RING / VECTORS;                       // units in flight
-  static constexpr bool STAGED = TOKENS > 1;  // x goes through shared memory, where each warp reads all of it again
+  static constexpr bool STAGED = TOKENS == 4;  // x goes through shared memory: fewer tokens come faster out of the L1
 };
 
 // Scales and zero points as they lie in memory, for rows g and g + 8:

@@ -77,7 +77,7 @@ def parts(packed: Packed, processors: int, clusters: bool) -> int:
     units, most = columns // per_unit, min(_MOST_PARTS, max(1, columns // (_LEAST_CHUNKS * CHUNK)))
 
     def end(parts: int) -> int:
-        at_once = processors * (_CLUSTERED if clusters and parts > 1 else _BLOCKS_PER_PROCESSOR)
+        at_once = int(processors * (_CLUSTERED if clusters and parts > 1 else _BLOCKS_PER_PROCESSOR))
         return -(-rows_of_blocks(packed) * parts // at_once) * (-(-units // parts) + _START)
 
     return min(range(1, min(units, most) + 1), key=end)

@@ -98,8 +98,8 @@ def _fp8(q: QTensor, inputs: Inputs) -> PreparedLinear:
 def fp8_product(
     x_TI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale_RG: Tensor, rows_of_scale: int, dtype: torch.dtype
 ) -> Tensor:
-    """y [T, O]; the arguments are those of `gemm.fp8_linear`. Many tokens go to torch's own kernel, which rounds y to bf16, where it
-    has one: for scales of whole rows on Hopper and later."""
+    """y [T, O]; the arguments are those of `gemm.fp8_linear`. Many tokens go to torch's own kernel, which rounds y to bf16,
+    where it has one: for scales of whole rows on Hopper and later."""
     tokens, (rows, columns) = len(x_TI), w_OI.shape
     capability = torch.cuda.get_device_capability(w_OI.device) if w_OI.is_cuda else (8, 9)
     whole = x_scale.shape[-1] == w_scale_RG.shape[1] == 1 and rows_of_scale in (1, rows)
