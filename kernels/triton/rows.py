@@ -139,10 +139,11 @@ def _prepare(
     y = torch.empty(len(x), width, dtype=dtype, device=x.device)
     groups = (1, 1) if kind == "none" or given is not None else (len(x), width // group if group else 1)
     scale = torch.empty(groups, dtype=torch.float32, device=x.device) if given is None else given
-    warps = min(max(block // 512, 1), 32 if block <= 16384 else 16)  # more would not have the registers for longer rows
+    short = block <= 16384  # longer rows have no registers to spare
+    warps = min(max(block // 512, 1), 32 if short else 16)
     launch = {
         "KIND": kind, "STATIC": given is not None, "GROUP": group or block, "BLOCK": block, "num_warps": warps,
-        "GPU": not x.is_cpu, **early(x),
+        "GPU": not x.is_cpu and short, **early(x),
     }  # fmt: skip
     return y, scale, launch
 
