@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
@@ -55,6 +55,36 @@ def test_windows_are_the_text_tokenised_once_and_cut(tmp_path, tokenizer):
     assert ids_NT.dtype == torch.int64
     assert ids_NT.tolist() == torch.tensor(tokenizer("0123456789abcdefghijklmnopqrstuv").input_ids).view(4, 8).tolist()
     assert (report["tokens"], report["windows"], report["windows_asked"]) == (36, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def beginner(tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokenizer with a token before every text and one after it."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.add_special_tokens(["<begin>", "<end>"])
+    ids = [(name, core.token_to_id(name)) for name in ("<begin>", "<end>")]
+    core.post_processor = processors.TemplateProcessing(single="<begin> $A <end>", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_a_window_begins_with_what_the_tokenizer_puts_before_a_text(tmp_path, beginner):
+    path = write(tmp_path, "a.txt", "0123456789abcdefghijklmnopqrstuvwxyz")
+    ids_NT, report = windows(path, beginner)
+    assert [decoded(beginner, ids_T) for ids_T in ids_NT] == [
+        f"<begin>{part}" for part in ("0123456", "789abcd", "efghijk", "lmnopqr")
+    ]
+    assert (ids_NT.shape, report["tokens_used"]) == ((4, 8), 32)
+    short = write(tmp_path, "short.txt", "0123456")
+    assert decoded(beginner, windows(short, beginner)[0]) == "<begin>0123456"
+    with pytest.raises(BadInput, match="one window needs 8"):
+        windows(short, beginner, seqlen=9)
+
+
+def test_a_padded_row_begins_once(tmp_path, beginner):
+    path = write(tmp_path, "rows.jsonl", '{"text": "ab"}\n{"text": "<begin>abcdefghij"}\n')
+    ids_NT, _ = windows(path, beginner, padding=True)
+    assert decoded(beginner, ids_NT[0, :3]) == "<begin>ab"
+    assert decoded(beginner, ids_NT[1]) == "<begin>abcdefg"
 
 
 def test_fewer_windows_than_asked_are_reported(tmp_path, tokenizer):

@@ -1,8 +1,9 @@
 """One evaluator for every tool's output: WikiText-2 style perplexity in transformers, float32, on CPU, and how far the
 predictions are from the original model's: mean KL divergence and the share of equal first choices.
 
-Protocol: the whole text, tokenised once without special tokens by the original model's tokenizer, non-overlapping
-windows, the first N of them, each window's first token not predicted. Three kinds of output are read:
+Protocol: the whole text, tokenised once by the original model's tokenizer, non-overlapping windows, each of which begins
+with the token that the tokenizer puts before a text, if it does; the first N of them, each window's first token not
+predicted. Three kinds of output are read:
   compressed-tensors   by transformers itself, decompressed while loading
   GPTQ                 decoded here (transformers would need GPTQModel for it): `w = (q - z) * s`
   dequantized/*.safetensors   put over the original model's weights
@@ -57,11 +58,15 @@ def eval_windows(options: argparse.Namespace) -> torch.Tensor:
     """int64 [windows, seqlen]"""
     text = options.dataset.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(options.original)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = len(ids) // options.seqlen
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begin = torch.tensor(whole[: whole.index(plain[0])], dtype=torch.int64)
+    length = options.seqlen - len(begin)
+    count = len(ids) // length
     if count < options.windows:
         raise SystemExit(f"{options.dataset} holds {count} windows of {options.seqlen} tokens; ask for fewer")
-    return torch.tensor(ids[: options.windows * options.seqlen]).view(options.windows, options.seqlen)
+    windows_NT = ids[: options.windows * length].view(options.windows, length)
+    return torch.cat((begin.expand(len(windows_NT), -1), windows_NT), dim=1)
 
 
 def log_probs(model: torch.nn.Module, ids_T: torch.Tensor) -> torch.Tensor:
