@@ -10,9 +10,10 @@
 //
 // Work: a unit is 128 output rows (one tile for each warp of a block) times the columns of one scale, 64 at least. The warps
 // of a block walk along the same columns, so x is read from the L2 once for 128 rows; more than 16 tokens by all threads
-// together, one unit ahead, into shared memory in the order of fragments. Loads of weights run `RING` vectors ahead in registers. Where there are too few rows to fill the GPU, the columns of 128 rows are cut into as many parts (`parts` in
-// decode.py), one for each of as many blocks, whose sums are added in the order of the columns: where blocks form clusters each
-// tile by one of them, into whose shared memory the others write; elsewhere out of the L2, by whoever arrives last.
+// together, one unit ahead, into shared memory in the order of fragments. Loads of weights run `RING` vectors ahead in
+// registers. Where there are too few rows to fill the GPU, the columns of 128 rows are cut into as many parts (`parts` in
+// decode.py), one for each of as many blocks, whose sums are added in the order of the columns: where blocks form clusters
+// each tile by one of them, into whose shared memory the others write; elsewhere out of the L2, by whoever arrives last.
 //
 // No sum depends on time, and none on the number of tokens: the same token gives the same bits alone and in a batch.
 //
