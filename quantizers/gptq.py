@@ -18,7 +18,8 @@ so column k is best rounded from w_k + sum_{j<k} e_j F_jk, F = U diag(U)^-1. Cha
   (columns by falling diagonal of H) ranges come from the original columns instead: *static groups*, a layout that
   every server takes, because the permutation leaves no trace on disk.
 - `passes` of coordinate descent may follow (QuantEase, Behdin et al. 2023, arXiv:2309.01885): a greedy choice is not the best
-  one even for its own error, and each pass lowers that further.
+  one even for its own error, and each pass lowers that further. Scales are coordinates too: once there are codes, the best
+  scale is no longer the one that the range was chosen with.
 - A Hessian that is not positive definite raises the damping tenfold until it is; the step notes it.
 
 Legend: O output channels (of all ops of a space), I input columns, C = I, K columns of a group, G groups.
@@ -116,9 +117,11 @@ def solve(
         h_CC.diagonal().copy_(_damped(h_CC.diagonal(), damp))
     for _ in range(passes):
         descend(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
+        if grid.rows == 1:
+            refit(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     codes_OI[:, order] = grid.pack(codes_IO).T
-    scale_RG, zero_RG = fixed or (scale_GO.T.contiguous(), zero_GO.T.contiguous())
+    scale_RG, zero_RG = (scale_GO.T.contiguous(), zero_GO.T.contiguous()) if grid.rows == 1 else fixed
     return QTensor(codes_OI, scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid), damp
 
 
@@ -180,10 +183,33 @@ def descend(
         pull_IO[block.stop :].addmm_(h_II[block.stop :, block], error_IO[block] - before_KO)
 
 
+def refit(
+    w_IO: torch.Tensor,
+    codes_IO: torch.Tensor,
+    h_II: torch.Tensor,
+    grid: Grid,
+    scale_GO: torch.Tensor,
+    zero_GO: torch.Tensor,
+    group_I: torch.Tensor,
+) -> None:
+    """A pass over scale_GO: each in turn becomes the stored number nearest to the one that makes tr(E H E^T) smallest while codes
+    and all other scales stay, s + v^T (H E)_g / v^T H_gg v with v = codes - zero."""
+    value_IO = codes_IO - zero_GO[group_I]
+    error_IO = w_IO - value_IO * scale_GO[group_I]
+    for g, scale_O in enumerate(scale_GO):
+        members_K = (group_I == g).nonzero()[:, 0]
+        value_KO, h_KI = value_IO[members_K], h_II[members_K]
+        cost_O = (value_KO * (h_KI[:, members_K] @ value_KO)).sum(0)
+        best_O = scale_O + (value_KO * (h_KI @ error_IO)).sum(0) / cost_O
+        best_O = torch.where(best_O > 0, grid.stored(best_O), scale_O)  # not where all codes are zero, which is NaN
+        error_IO[members_K] += value_KO * (scale_O - best_O)
+        scale_O.copy_(best_O)
+
+
 @dataclass(frozen=True)
 class GPTQ:
     """Step `gptq`. damp: fraction of the mean diagonal added to H. act_order: important columns first, static groups.
-    passes: of coordinate descent over the codes afterwards."""
+    passes: of coordinate descent over codes and scales afterwards."""
 
     damp: float = 0.01
     act_order: bool = False

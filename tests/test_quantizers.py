@@ -90,7 +90,8 @@ def test_feedback() -> None:
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_pass_of_descent_is_its_definition(act_order: bool) -> None:
-    """Each column in turn: of all codes those with the least error of the whole row; and no pass makes it larger."""
+    """Each column in turn takes, of all codes, those with the least error of the whole row, then each group in turn, of the
+    scales that can be stored, the best; and no pass makes the error larger."""
     w_OI, x_TC = layer(rows=6, columns=64)
     h_CC, grid = x_TC.T @ x_TC, Grid(3, 32, False)
     damped = h_CC + 0.05 * h_CC.diagonal().mean() * torch.eye(64)
@@ -101,13 +102,23 @@ def test_a_pass_of_descent_is_its_definition(act_order: bool) -> None:
     for passes in range(3):
         found = gptq.solve(w_OI, h_CC, grid, 0.05, act_order, passes)[0]
         assert (found.codes != codes).double().mean() < 0.01  # where two codes are equally good
+        assert (found.scale.double() != scale).double().mean() < 0.1
         errors.append(awq.output_error(found.dequantize() - w_OI, damped))
+
+
+        def best(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            d = (codes - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, -1) - w_OI
+            return torch.einsum("noi,ij,noj->no", d, damped.double(), d).argmin(0)
+
         for j in order.tolist():
             tried = codes.repeat(8, 1, 1)
             tried[:, :, j] = torch.arange(8)[:, None]
-            d = (tried - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1) - w_OI
-            best_O = torch.einsum("noi,ij,noj->no", d, damped.double(), d).argmin(0)
-            codes[:, j] = best_O.double()
+            codes[:, j] = best(tried, scale).double()
+        for g in range(2):
+            tried = scale.repeat(128, 1, 1)
+            steps = torch.arange(-64, 64, dtype=torch.int16)[:, None]
+            tried[:, :, g] = (scale[:, g].bfloat16().view(torch.int16) + steps).view(torch.bfloat16).double()
+            scale[:, g] = tried[best(codes, tried), torch.arange(6), g]
     assert errors[0] > errors[1] >= errors[2]
 
 
