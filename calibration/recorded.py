@@ -147,6 +147,12 @@ class Recorded:
                 f"they hold {', '.join(about.holds)}",
                 "make them without --method, or for this one: `infopt calibrate MODEL --method NAME -o STATS`",
             )
+        if recipe.first_token != 1:
+            raise UsageError(
+                f"{what} count every token once",
+                f"the recipe says first_token: {recipe.first_token}",
+                f"first_token: 1, or {_WITHOUT}",
+            )
         if recipe.rotate != about.rotate:
             raise UsageError(
                 f"{what} are those of the {'rotated' if about.rotate else 'original'} model",

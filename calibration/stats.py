@@ -69,15 +69,17 @@ class InputStats:
         self._stride, self._phase = _STRIDE, 0
         self.routed: int | None = None
 
-    def add(self, x: torch.Tensor, original: torch.Tensor | None = None) -> None:
-        """Count activations [..., C]; original: what the original model has in their place."""
+    def add(self, x: torch.Tensor, original: torch.Tensor | None = None, weight_T: torch.Tensor | None = None) -> None:
+        """Count activations [..., C]; original: what the original model has in their place; weight: how often each token
+        counts in the sums of products, once without."""
         x_TC = x.reshape(-1, x.shape[-1]).float()
+        weighted_TC = x_TC if weight_T is None else x_TC * weight_T[:, None]
         self.tokens += x_TC.shape[0]
         if "gram" in self.needs:
             for start, panel in zip(range(0, x_TC.shape[1], _PANEL), _panels(self._upper_CC), strict=True):
-                panel.addmm_(x_TC[:, start : start + _PANEL].T, x_TC[:, start:])
+                panel.addmm_(weighted_TC[:, start : start + _PANEL].T, x_TC[:, start:])
         if "shift" in self.needs and original is not None:
-            self._shift_CC.addmm_((original.reshape(x_TC.shape).float() - x_TC).T, x_TC)
+            self._shift_CC.addmm_((original.reshape(x_TC.shape).float() - x_TC).T, weighted_TC)
         if "mean" in self.needs:
             self._abs_C += x_TC.abs().sum(0)
         if "max" in self.needs and len(x_TC):

@@ -52,20 +52,18 @@ class Stream:
     """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
 
     hold: bytes of activations that may stay in memory while a pass through a block is stopped. min_expert_tokens: experts
-    that fewer tokens reach are shown the whole batch. Of a team each process has its own windows and its own folder; the
-    statistics are everybody's.
+    that fewer tokens reach are shown the whole batch. first_token: how often a window's first token counts outside of experts.
+    Of a team each process has its own windows and its own folder; the statistics are everybody's.
     """
 
     def __init__(
         self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False, team: Team = ALONE
     ) -> None:
-        self._twin, self._team = twin, team
-        self._skeleton, self._folder = skeleton, folder
+        self._twin, self._team, self._skeleton, self._folder = twin, team, skeleton, folder
         self._real_NT = real_tokens(windows_NT)
         self._windows_NT = windows_NT.clamp_min(0)
-        self.hold = 0
+        self.hold, self.min_expert_tokens, self.first_token = 0, 0, 1
         self.cache: Any = None  # given to a block in place of no key-value cache
-        self.min_expert_tokens = 0
         count, length = windows_NT.shape
         size = max(1, _BATCH_TOKENS // length)
         self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -171,8 +169,9 @@ class Stream:
         def count(space: Space) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 mine = space.readers[0].startswith(inside)  # an expert's own tokens, among which there is no padding
-                x = args[0] if mine else only_real(args[0], self.real(self._lanes.number))
-                lanes[self._lanes.current][space.name].add(x)
+                batch = None if mine else self._lanes.number
+                x = only_real(args[0], self.real(batch))
+                lanes[self._lanes.current][space.name].add(x, weight_T=self._weight(batch))
 
             return hook
 
@@ -260,7 +259,7 @@ class Stream:
                     del x
                 del answer
             if inputs:
-                stats[batch % LANES][waiting[batch]].add(*inputs)
+                stats[batch % LANES][waiting[batch]].add(*inputs, weight_T=self._weight(batch))
             del inputs
             for track in tracks:
                 held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])
@@ -339,6 +338,13 @@ class Stream:
         if self._real_NT is None or batch is None or batch >= len(self._batches):
             return None
         return self._real_NT[self._batches[batch].start : self._batches[batch].stop]
+
+    def _weight(self, batch: int | None) -> torch.Tensor | None:
+        """How often each token of a batch counts, fp32; None where all do once."""
+        if self.first_token == 1 or batch is None:
+            return None
+        weight_T = torch.tensor([self.first_token, *[1.0] * (self._windows_NT.shape[1] - 1)])
+        return only_real(weight_T.expand(len(self._batches[batch]), -1), self.real(batch)).flatten()
 
     def _run(self, i: int, block: nn.Module, then: Callable[[int, torch.Tensor], None]) -> None:
         """Block i's answer to every batch [B, T, C], as it is now, on the lanes."""

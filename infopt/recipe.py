@@ -138,6 +138,8 @@ class Recipe(_Strict):
     group that divides, else the channel) or `skip` (left unquantized, in the report).
     min_expert_tokens: an expert that fewer calibration tokens reach is calibrated on the whole batch instead. 0: never; an
     expert without tokens is then rounded without data.
+    first_token: how often a window's first token counts in the statistics of a layer's inputs. All later tokens attend to it,
+    and it is what a text begins with; in windows of 512 it is one of 512.
     """
 
     name: str = "custom"
@@ -154,6 +156,7 @@ class Recipe(_Strict):
     ignore: tuple[str, ...] = Field(default=(), strict=False)
     group_fallback: Literal["error", "adjust", "skip"] = "error"
     min_expert_tokens: int = Field(default=16, ge=0)
+    first_token: int = Field(default=1, ge=1, le=1024)
     calibration: CalibrationData = CalibrationData()
 
     @model_validator(mode="after")

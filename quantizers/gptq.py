@@ -192,8 +192,8 @@ def refit(
     zero_GO: torch.Tensor,
     group_I: torch.Tensor,
 ) -> None:
-    """A pass over scale_GO: each in turn becomes the stored number nearest to the one that makes tr(E H E^T) smallest while codes
-    and all other scales stay, s + v^T (H E)_g / v^T H_gg v with v = codes - zero."""
+    """A pass over scale_GO: each in turn becomes the number, as it is stored, nearest to the one that makes tr(E H E^T)
+    smallest while all else stays, s + v^T (H E)_g / v^T H_gg v with v = codes - zero."""
     value_IO = codes_IO - zero_GO[group_I]
     error_IO = w_IO - value_IO * scale_GO[group_I]
     for g, scale_O in enumerate(scale_GO):

@@ -49,6 +49,35 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).norm() <= 1e-5 * other.norm())
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_first_token_that_counts_thrice(family: str, tmp_path: Path) -> None:
+    """By gathering and by walking: as if it were there two times more; not among an expert's tokens."""
+    skeleton = skeleton_of(tiny(family, tmp_path / "m"))
+    windows = {"all": padded(rows()), "thrice": padded(rows()), "firsts": torch.tensor([row[:1] for row in rows()])}
+    streams = {name: Stream(skeleton, ids, tmp_path / name) for name, ids in windows.items()}
+    streams["thrice"].first_token = 3
+    topology, block = discover(skeleton, 0), skeleton.load_block(0)
+    for stream in streams.values():
+        stream.start()
+    walked: dict[str, InputStats] = {}
+    streams["thrice"].walk(0, block, topology, lambda space, found: walked.update({space.name: found}))
+    found = {name: stream.gather(0, block, topology) for name, stream in streams.items()}
+    for got in (found["thrice"], walked):
+        for name, stats in got.items():
+            plain, times = found["all"][name], 0 if "experts." in name else 2
+            assert stats.tokens == plain.tokens and close(stats.mean_abs, plain.mean_abs)
+            assert close(stats.gram, plain.gram + times * found["firsts"][name].gram)
+
+
+def test_a_token_that_counts_twice_is_two() -> None:
+    x_TC, original_TC = torch.randn(2, 5, 8)
+    which = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+    found, wanted = (InputStats(8, frozenset({"gram", "shift"})) for _ in range(2))
+    found.add(x_TC, original_TC, torch.tensor([2.0, 1, 1, 2, 1]))
+    wanted.add(x_TC[which], original_TC[which])
+    assert close(found.gram, wanted.gram) and close(found.shift, wanted.shift)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_those_of_the_rows_one_by_one(family: str, tmp_path: Path) -> None:
     """Both blocks, by gathering and by walking: sums, maxima, samples, counts of experts, keys and values."""

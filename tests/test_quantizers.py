@@ -105,7 +105,6 @@ def test_a_pass_of_descent_is_its_definition(act_order: bool) -> None:
         assert (found.scale.double() != scale).double().mean() < 0.1
         errors.append(awq.output_error(found.dequantize() - w_OI, damped))
 
-
         def best(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             d = (codes - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, -1) - w_OI
             return torch.einsum("noi,ij,noj->no", d, damped.double(), d).argmin(0)
