@@ -164,9 +164,9 @@ extern "C" {
 // y [tokens, rows] of x [tokens, columns], fp32. 0, or 1 where there is no memory.
 int32_t infopt_linear(const Linear* w, const float* x, int64_t tokens, float* y) {
     const size_t blocks = w->columns / BLOCK, all = bunched(tokens) * blocks;
-    Memory memory(all * (BLOCK + 8) + 256);
+    Memory memory(all * (BLOCK + 12) + 256);
     if (!memory.held) return 1;
-    const Rounded rounded{memory.take<int8_t>(all * BLOCK), memory.take<float>(all), memory.take<float>(all)};
+    const Rounded rounded = rounded_in(memory, all);
     parallel([&](const Team& team) {
         team.share(int(tokens), [&](int i) { round_token(x + size_t(i) * w->columns, w->columns, w->span, i, rounded); });
         BARRIER
@@ -235,7 +235,7 @@ int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, c
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;
-    s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
+    s.x = rounded_in(memory, columns / BLOCK);
     s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
     s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
     s.parts = memory.take<float>(parts), s.desks = memory.take<float>(desks);
