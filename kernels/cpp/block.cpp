@@ -77,7 +77,7 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
                     const int64_t first = texts[i].first / PART;
                     if (part < first || part > texts[i].position / PART) continue;
                     const int64_t start = std::max(mine, turn), stop = std::min(end, turn + together);
-                    const Some some{int(head + start - turn), int(head + stop - turn), part};
+                    const Some some{int(head + start - turn), int(head + stop - turn), part, next - b == 1};
                     const float* q = s.qkv + size_t(i) * heads * width;
                     if (start < stop) run(block.heads, texts[i], pages, q, some, desk, s.parts + (at + part - first) * unit);
                     turn += together;
