@@ -242,14 +242,14 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
 void merge(const float* parts, int count, size_t stride, int width, float* out) {
     float most = -INFINITY, total = 0;
     for (int i = 0; i < count; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
-    for (int d = 0; d < width; ++d) out[d] = 0;
+    for (int d = 0; d < width; d += 8) store(out + d, Floats{});
     for (int i = 0; i < count; ++i) {
         const float* part = parts + i * stride;
         const float factor = std::exp(part[0] - most);
         total += factor * part[1];
-        for (int d = 0; d < width; ++d) out[d] += factor * part[2 + d];
+        for (int d = 0; d < width; d += 8) store(out + d, load<Floats>(out + d) + factor * load<Floats>(part + 2 + d));
     }
-    for (int d = 0; d < width; ++d) out[d] /= total;
+    for (int d = 0; d < width; d += 8) store(out + d, load<Floats>(out + d) / total);
 }
 
 }  // namespace

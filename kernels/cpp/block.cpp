@@ -41,11 +41,15 @@ void rms_norm(const float* x, const float* weight, int count, float eps, float* 
 }
 
 void rotate(float* x, const float* cosine, const float* sine, int width) {
-    for (int low = 0, high = width / 2; low < width / 2; ++low, ++high) {
-        const float a = x[low], b = x[high];
-        x[low] = a * cosine[low] - b * sine[low];
-        x[high] = b * cosine[high] + a * sine[high];
-    }
+    const auto turn = [&](auto one, int low, int high) {
+        using T = decltype(one);
+        const T a = load<T>(x + low), b = load<T>(x + high);
+        store(x + low, a * load<T>(cosine + low) - b * load<T>(sine + low));
+        store(x + high, b * load<T>(cosine + high) + a * load<T>(sine + high));
+    };
+    const int half = width / 2, eights = half / 8 * 8;
+    for (int i = 0; i < eights; i += 8) turn(Floats{}, i, half + i);
+    for (int i = eights; i < half; ++i) turn(0.0f, i, half + i);
 }
 
 struct Scratch {
@@ -205,10 +209,11 @@ int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const 
             const float* x_of = x + size_t(i / spans) * columns;
             for (int j = 0; most[i] >= least[i / spans] && j < size; ++j) {
                 if (!(y[j] >= least[i / spans])) continue;
-                Floats total = {};
-                for (int c = 0; c < columns; c += 8)
-                    total += load<Floats>(x_of + c) * widen(weight, type, size_t(from + j) * columns + c);
-                y[j] = sum(total);
+                Floats totals[4] = {};  // which do not wait for each other
+                for (int c = 0; c < columns; c += BLOCK)
+                    UNROLLED for (int i = 0; i < 4; ++i)
+                        totals[i] += load<Floats>(x_of + c + 8 * i) * widen(weight, type, size_t(from + j) * columns + c + 8 * i);
+                y[j] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
             }
         });
     });
