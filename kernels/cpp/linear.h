@@ -229,7 +229,7 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
     const int8_t* codes = x.codes + bunch * BLOCK;
     const float *x_scale = x.scale + bunch, *x_sum = x.sum + bunch;
     const int32_t* start = x.start + bunch;
-    constexpr int eights = ZEROS ? 0 : BITS == 4 ? 1 : (128 - SHIFT) / 8;
+    constexpr int middle = ZEROS ? 0 : BITS == 4 ? 1 : (128 - SHIFT) / 8;  // in eights
     WideFloats totals[PARTS * N], scale[PARTS], zero[PARTS];
     const float* bias = w.bias;
     UNROLLED for (int i = 0; i < PARTS * N; ++i) {
@@ -252,7 +252,7 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
         UNROLLED for (int i = 0; i < BITS * 32; i += 64)
             __builtin_prefetch(one + ahead + i, 0, 2), __builtin_prefetch(two + ahead + i, 0, 2);
         Sum<BITS> sums[PARTS * N];
-        UNROLLED for (int i = 0; i < PARTS * N; ++i) sums[i] = Sum<BITS>(eights * start[i % N]);
+        UNROLLED for (int i = 0; i < PARTS * N; ++i) sums[i] = Sum<BITS>(middle * start[i % N]);
         for (int r = 0; r < BITS; ++r, one += 32, two += 32) {
             UNROLLED for (int i = 0; i < 8 / BITS * PARTS; ++i) {
                 const int p = i % PARTS, half = i / PARTS;
