@@ -83,7 +83,8 @@ template <class Wide, class Half> inline Wide part(int p, Half one, Half two) {
 #endif
 }
 
-// Sums of weight codes times activation codes, for the rows of a register
+// Sums of weight codes times activation codes, for the rows of a register, and a start: added first, or last by 16 bits that
+// could not hold it
 
 #if defined(__AVXVNNI__) || defined(ONE_REGISTER)
 
@@ -99,7 +100,7 @@ template <int BITS> struct Sum {
     WideInts sums;
     Sum(int32_t start = 0) : sums(WideInts{} + start) {}
     void add(WideBytes w, const int8_t* x) { sums = multiply(sums, BITS == 8 ? w ^ 128 : w, x); }
-    WideInts total() const { return sums; }
+    WideInts total(int32_t) const { return sums; }
 };
 
 #elif defined(__AVX2__)
@@ -107,14 +108,13 @@ template <int BITS> struct Sum {
 constexpr int SHIFT = 128;
 inline Ints widened(__m256i pairs) { return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 template <int BITS> struct Sum {  // 16 bits hold a block: 16 products of at most 15 * 127
-    Ints start;
     __m256i pairs = _mm256_setzero_si256();
-    Sum(int32_t start = 0) : start(Ints{} + start) {}
+    Sum(int32_t = 0) {}
     void add(Bytes w, const int8_t* x) {
         const __m256i x_all = _mm256_set1_epi32(load<int32_t>(x));
         pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w, x_all));
     }
-    Ints total() const { return start + widened(pairs); }
+    Ints total(int32_t start) const { return widened(pairs) + start; }
 };
 template <> struct Sum<8> {  // 16 bits hold one pair: the sign goes to the other factor, 2 * 128 * 127
     Ints sums;
@@ -123,7 +123,7 @@ template <> struct Sum<8> {  // 16 bits hold one pair: the sign goes to the othe
         const __m256i x_all = _mm256_sign_epi8(_mm256_set1_epi32(load<int32_t>(x)), (__m256i)w);
         sums += widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), x_all));
     }
-    Ints total() const { return sums; }
+    Ints total(int32_t) const { return sums; }
 };
 
 #else
@@ -136,7 +136,7 @@ template <int BITS> struct Sum {
         for (int i = 0; i < ROWS; ++i)
             for (int j = 0; j < 4; ++j) sums[i] += (BITS == 8 ? int8_t(w[4 * i + j]) : w[4 * i + j]) * x[j];
     }
-    Ints total() const { return load<Ints>(sums); }
+    Ints total(int32_t) const { return load<Ints>(sums); }
 };
 
 #endif
@@ -262,7 +262,7 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
             }
         }
         UNROLLED for (int i = 0; i < PARTS * N; ++i) {
-            WideFloats exact = __builtin_convertvector(sums[i].total(), WideFloats);
+            WideFloats exact = __builtin_convertvector(sums[i].total(middle * start[i % N]), WideFloats);
             if (ZEROS) exact -= zero[i / N] * x_sum[i % N];
             totals[i] += (scale[i / N] * x_scale[i % N]) * exact;
         }
