@@ -179,6 +179,7 @@ template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, 
     }
 }
 
+// Inlined, as a call of what only asks for memory may be left out for having no effect
 __attribute__((always_inline)) inline void fetch(const void* from, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
 }

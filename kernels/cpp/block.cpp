@@ -210,9 +210,10 @@ int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const 
             for (int j = 0; most[i] >= least[i / spans] && j < size; ++j) {
                 if (!(y[j] >= least[i / spans])) continue;
                 Floats totals[4] = {};  // which do not wait for each other
+                const size_t row = size_t(from + j) * columns;
                 for (int c = 0; c < columns; c += BLOCK)
                     UNROLLED for (int i = 0; i < 4; ++i)
-                        totals[i] += load<Floats>(x_of + c + 8 * i) * widen(weight, type, size_t(from + j) * columns + c + 8 * i);
+                        totals[i] += load<Floats>(x_of + c + 8 * i) * widen(weight, type, row + c + 8 * i);
                 y[j] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
             }
         });

@@ -58,7 +58,7 @@ template <class T> inline T load(const void* from) {
 }
 template <class T> inline void store(void* to, T value) { __builtin_memcpy(to, &value, sizeof value); }
 inline Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
-template <class Eight> inline auto sum(Eight x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+inline float sum(Floats x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
 // A pair of tiles lies in one register of 16 rows, or in PARTS of 8. As many tokens are multiplied at once as there are
 // registers for: TOKENS
@@ -211,8 +211,7 @@ void round_token(const float* x, int columns, int span, int token, const Rounded
             total += code;
         }
         to.scale[place] = scale;
-        const int32_t all = sum(total);
-        to.sum[place] = float(all), to.start[place] = -8 * all;
+        to.sum[place] = sum(floats(total)), to.start[place] = int32_t(-8 * to.sum[place]);
     }
 }
 
