@@ -179,7 +179,7 @@ class PackedWeight:
 
 def rescore(library: Native, weight_VC: Tensor, x_TC: Tensor, count: int, logits_TV: Tensor) -> None:
     """Put the exact logits in the place of each token's `count` largest rough ones, and of the few more that are not below the
-    least of as many spans' largest. weight_VC: bf16, fp16 or fp32; more rows than `count`."""
+    least of as many spans' largest. weight_VC: bf16, fp16 or fp32; more rows than `count`, columns in whole blocks."""
     if not all(part.is_contiguous() for part in (weight_VC, x_TC, logits_TV)):
         raise ValueError("a tensor that is not contiguous")
     kind, shape = _HALVES.index(weight_VC.dtype), (len(x_TC), count, len(weight_VC))

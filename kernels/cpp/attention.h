@@ -77,6 +77,7 @@ struct Desk {
 struct Some {  // heads of keys, and a part of a text
     int first, last;
     int64_t part;
+    bool once;  // only one token looks at it, so that it comes from far
 };
 
 // Where these keys and values are, in fp32 or bf16 [eights][8][keys][width]. Eight positions lie in one page
@@ -178,6 +179,11 @@ template <class Do> inline void in_threes(int count, Do&& act) {  // act(first, 
     }
 }
 
+// Inlined, as a call of what only asks for memory may be left out for having no effect
+__attribute__((always_inline)) inline void fetch(const void* from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i);
+}
+
 // For the queries of some heads of keys and a part of the text: [largest score, sum of weights, weighted sum of values] of
 // each. All heads look at eight positions before any goes on: they lie side by side in memory.
 template <class Vector, class Value>
@@ -189,12 +195,20 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
     const int seen_from = int(text.first - low), seen_to = int(high - low);
     const size_t stride = size_t(heads.keys) * width;
     const Rows rows(heads, text, pages, some, low, high, desk);
+    // The next keys and these values are on their way meanwhile: each head asks for a share, in the order of memory
+    const int some_heads = some.last - some.first;
+    const size_t share = some.once && pages.kind <= BF16 ? 8 * stride * sizeof(Value) / some_heads : 0;
+    fetch(rows.eights[0][0], share * some_heads);
     for (int i = 0; i < eights; ++i)
-        for (int h = some.first; h < some.last; ++h)
+        for (int h = some.first; h < some.last; ++h) {
+            const size_t at = (h - some.first) * share;
+            if (i + 1 < eights) fetch((const char*)rows.eights[0][i + 1] + at, share);
+            fetch((const char*)rows.eights[1][i] + at, share);
             in_threes(group, [&](int g, auto count) {
                 score<count, Vector>((const Value*)rows.eights[0][i] + h * width, stride, width, q + (h * group + g) * width,
                                      heads.scaling, desk.scores + (h * group + g) * PART + 8 * i);
             });
+        }
     for (int g = some.first * group; g < some.last * group; ++g) {
         float *const p = desk.scores + g * PART, *const y = out + g * (width + 2);
         Floats most = Floats{} - INFINITY, total = {};
@@ -229,14 +243,14 @@ void attend(const Heads& heads, const Text& text, const Pages& pages, const floa
 void merge(const float* parts, int count, size_t stride, int width, float* out) {
     float most = -INFINITY, total = 0;
     for (int i = 0; i < count; ++i) most = parts[i * stride] > most ? parts[i * stride] : most;
-    for (int d = 0; d < width; ++d) out[d] = 0;
+    for (int d = 0; d < width; d += 8) store(out + d, Floats{});
     for (int i = 0; i < count; ++i) {
         const float* part = parts + i * stride;
         const float factor = std::exp(part[0] - most);
         total += factor * part[1];
-        for (int d = 0; d < width; ++d) out[d] += factor * part[2 + d];
+        for (int d = 0; d < width; d += 8) store(out + d, load<Floats>(out + d) + factor * load<Floats>(part + 2 + d));
     }
-    for (int d = 0; d < width; ++d) out[d] /= total;
+    for (int d = 0; d < width; d += 8) store(out + d, load<Floats>(out + d) / total);
 }
 
 }  // namespace

@@ -41,11 +41,15 @@ void rms_norm(const float* x, const float* weight, int count, float eps, float* 
 }
 
 void rotate(float* x, const float* cosine, const float* sine, int width) {
-    for (int low = 0, high = width / 2; low < width / 2; ++low, ++high) {
-        const float a = x[low], b = x[high];
-        x[low] = a * cosine[low] - b * sine[low];
-        x[high] = b * cosine[high] + a * sine[high];
-    }
+    const auto turn = [&](auto one, int low, int high) {
+        using T = decltype(one);
+        const T a = load<T>(x + low), b = load<T>(x + high);
+        store(x + low, a * load<T>(cosine + low) - b * load<T>(sine + low));
+        store(x + high, b * load<T>(cosine + high) + a * load<T>(sine + high));
+    };
+    const int half = width / 2, eights = half / 8 * 8;
+    for (int i = 0; i < eights; i += 8) turn(Floats{}, i, half + i);
+    for (int i = eights; i < half; ++i) turn(0.0f, i, half + i);
 }
 
 struct Scratch {
@@ -77,7 +81,7 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
                     const int64_t first = texts[i].first / PART;
                     if (part < first || part > texts[i].position / PART) continue;
                     const int64_t start = std::max(mine, turn), stop = std::min(end, turn + together);
-                    const Some some{int(head + start - turn), int(head + stop - turn), part};
+                    const Some some{int(head + start - turn), int(head + stop - turn), part, next - b == 1};
                     const float* q = s.qkv + size_t(i) * heads * width;
                     if (start < stop) run(block.heads, texts[i], pages, q, some, desk, s.parts + (at + part - first) * unit);
                     turn += together;
@@ -164,9 +168,9 @@ extern "C" {
 // y [tokens, rows] of x [tokens, columns], fp32. 0, or 1 where there is no memory.
 int32_t infopt_linear(const Linear* w, const float* x, int64_t tokens, float* y) {
     const size_t blocks = w->columns / BLOCK, all = bunched(tokens) * blocks;
-    Memory memory(all * (BLOCK + 8) + 256);
+    Memory memory(all * (BLOCK + 12) + 256);
     if (!memory.held) return 1;
-    const Rounded rounded{memory.take<int8_t>(all * BLOCK), memory.take<float>(all), memory.take<float>(all)};
+    const Rounded rounded = rounded_in(memory, all);
     parallel([&](const Team& team) {
         team.share(int(tokens), [&](int i) { round_token(x + size_t(i) * w->columns, w->columns, w->span, i, rounded); });
         BARRIER
@@ -205,10 +209,12 @@ int32_t infopt_rescore(const void* weight, int32_t type, int32_t columns, const 
             const float* x_of = x + size_t(i / spans) * columns;
             for (int j = 0; most[i] >= least[i / spans] && j < size; ++j) {
                 if (!(y[j] >= least[i / spans])) continue;
-                Floats total = {};
-                for (int c = 0; c < columns; c += 8)
-                    total += load<Floats>(x_of + c) * widen(weight, type, size_t(from + j) * columns + c);
-                y[j] = sum(total);
+                Floats totals[4] = {};  // which do not wait for each other
+                const size_t row = size_t(from + j) * columns;
+                for (int c = 0; c < columns; c += BLOCK)
+                    UNROLLED for (int i = 0; i < 4; ++i)
+                        totals[i] += load<Floats>(x_of + c + 8 * i) * widen(weight, type, row + c + 8 * i);
+                y[j] = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
             }
         });
     });
@@ -235,7 +241,7 @@ int32_t infopt_blocks(const Block* blocks, int32_t layers, const Pages* pages, c
     Memory memory(columns * 2 + floats * 4 + 1024);
     if (!memory.held) return 1;
     Scratch s;
-    s.x = {memory.take<int8_t>(columns), memory.take<float>(columns / BLOCK), memory.take<float>(columns / BLOCK)};
+    s.x = rounded_in(memory, columns / BLOCK);
     s.normed = memory.take<float>(count * channels), s.qkv = memory.take<float>(count * qkv);
     s.attended = memory.take<float>(count * attended), s.gated = memory.take<float>(count * inner);
     s.parts = memory.take<float>(parts), s.desks = memory.take<float>(desks);

@@ -83,7 +83,8 @@ template <class Wide, class Half> inline Wide part(int p, Half one, Half two) {
 #endif
 }
 
-// Sums of weight codes times activation codes, for the rows of a register
+// Sums of weight codes times activation codes, for the rows of a register, and a start: added first, or last by 16 bits that
+// could not hold it
 
 #if defined(__AVXVNNI__) || defined(ONE_REGISTER)
 
@@ -96,9 +97,10 @@ inline WideInts multiply(WideInts total, WideBytes w, const int8_t* x) {
 #endif
 }
 template <int BITS> struct Sum {
-    WideInts sums = {};
+    WideInts sums;
+    Sum(int32_t start = 0) : sums(WideInts{} + start) {}
     void add(WideBytes w, const int8_t* x) { sums = multiply(sums, BITS == 8 ? w ^ 128 : w, x); }
-    WideInts total() const { return sums; }
+    WideInts total(int32_t) const { return sums; }
 };
 
 #elif defined(__AVX2__)
@@ -107,31 +109,34 @@ constexpr int SHIFT = 128;
 inline Ints widened(__m256i pairs) { return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 template <int BITS> struct Sum {  // 16 bits hold a block: 16 products of at most 15 * 127
     __m256i pairs = _mm256_setzero_si256();
+    Sum(int32_t = 0) {}
     void add(Bytes w, const int8_t* x) {
         const __m256i x_all = _mm256_set1_epi32(load<int32_t>(x));
         pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)w, x_all));
     }
-    Ints total() const { return widened(pairs); }
+    Ints total(int32_t start) const { return widened(pairs) + start; }
 };
 template <> struct Sum<8> {  // 16 bits hold one pair: the sign goes to the other factor, 2 * 128 * 127
-    Ints sums = {};
+    Ints sums;
+    Sum(int32_t start = 0) : sums(Ints{} + start) {}
     void add(Bytes w, const int8_t* x) {
         const __m256i x_all = _mm256_sign_epi8(_mm256_set1_epi32(load<int32_t>(x)), (__m256i)w);
         sums += widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), x_all));
     }
-    Ints total() const { return sums; }
+    Ints total(int32_t) const { return sums; }
 };
 
 #else
 
 constexpr int SHIFT = 128;
 template <int BITS> struct Sum {
-    int32_t sums[ROWS] = {};
+    int32_t sums[ROWS];
+    Sum(int32_t start = 0) { store(sums, Ints{} + start); }
     void add(Bytes w, const int8_t* x) {
         for (int i = 0; i < ROWS; ++i)
             for (int j = 0; j < 4; ++j) sums[i] += (BITS == 8 ? int8_t(w[4 * i + j]) : w[4 * i + j]) * x[j];
     }
-    Ints total() const { return load<Ints>(sums); }
+    Ints total(int32_t) const { return load<Ints>(sums); }
 };
 
 #endif
@@ -174,6 +179,7 @@ inline Floats widen(const void* from, int type, size_t place) {
 struct Rounded {  // tokens lie in bunches, so that a product reads one stretch
     int8_t* codes;  // [bunches][blocks][TOKENS][BLOCK]
     float *scale, *sum;  // [bunches][blocks][TOKENS]; of the codes
+    int32_t* start;  // the same shape: less 8 times the sum, which is what the middle of 4 bits takes from a product
 };
 
 inline size_t bunched(size_t tokens) { return (tokens + TOKENS - 1) / TOKENS * TOKENS; }
@@ -205,13 +211,13 @@ void round_token(const float* x, int columns, int span, int token, const Rounded
             total += code;
         }
         to.scale[place] = scale;
-        to.sum[place] = sum(floats(total));
+        to.sum[place] = sum(floats(total)), to.start[place] = int32_t(-8 * to.sum[place]);
     }
 }
 
 // Two tiles times N tokens: y[2 n] of tile t, y[2 n + 1] of the other
 
-template <int BITS, class Scale, int N>
+template <int BITS, class Scale, bool ZEROS, int N>
 void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Floats* y) {
     const int blocks = w.columns / BLOCK, groups = blocks / w.group, bytes = BITS * 32;
     const uint8_t *one = w.codes + size_t(t) * blocks * bytes, *two = w.codes + size_t(other) * blocks * bytes;
@@ -221,14 +227,15 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
     const size_t apart = size_t(other - t) * groups * ROWS, bunch = size_t(token / TOKENS) * blocks * TOKENS;
     const int8_t* codes = x.codes + bunch * BLOCK;
     const float *x_scale = x.scale + bunch, *x_sum = x.sum + bunch;
+    const int32_t* start = x.start + bunch;
+    constexpr int middle = ZEROS ? 0 : BITS == 4 ? 1 : (128 - SHIFT) / 8;  // in eights
     WideFloats totals[PARTS * N], scale[PARTS], zero[PARTS];
     const float* bias = w.bias;
     UNROLLED for (int i = 0; i < PARTS * N; ++i) {
         totals[i] = WideFloats{};
         if (bias) totals[i] = part<WideFloats>(i / N, load<Floats>(bias + t * ROWS), load<Floats>(bias + other * ROWS));
     }
-    UNROLLED for (int p = 0; p < PARTS; ++p) zero[p] = WideFloats{} + (BITS == 4 ? 8.0f : 128.0f - SHIFT);
-    for (int b = 0, left = 0; b < blocks; ++b, --left, codes += TOKENS * BLOCK, x_scale += TOKENS, x_sum += TOKENS) {
+    for (int b = 0, left = 0; b < blocks; ++b, --left, codes += TOKENS * BLOCK) {
         if (left == 0) {
             left = w.group;
             UNROLLED for (int p = 0; p < PARTS; ++p) {
@@ -237,13 +244,14 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
                     return part<WideFloats>(p, type.widen(from + place * size), type.widen(from + (place + apart) * size));
                 };
                 scale[p] = both(Scale(), scales);
-                if (zeros) zero[p] = both(Bf16(), zeros) - (BITS == 4 ? 0.0f : SHIFT);
+                if (ZEROS) zero[p] = both(Bf16(), zeros) - (BITS == 4 ? 0.0f : SHIFT);
             }
             place += ROWS;
         }
         UNROLLED for (int i = 0; i < BITS * 32; i += 64)
             __builtin_prefetch(one + ahead + i, 0, 2), __builtin_prefetch(two + ahead + i, 0, 2);
         Sum<BITS> sums[PARTS * N];
+        UNROLLED for (int i = 0; i < PARTS * N; ++i) sums[i] = Sum<BITS>(middle * start[i % N]);
         for (int r = 0; r < BITS; ++r, one += 32, two += 32) {
             UNROLLED for (int i = 0; i < 8 / BITS * PARTS; ++i) {
                 const int p = i % PARTS, half = i / PARTS;
@@ -253,27 +261,29 @@ void tiles(const Linear& w, int t, int other, const Rounded& x, int token, Float
             }
         }
         UNROLLED for (int i = 0; i < PARTS * N; ++i) {
-            const WideFloats exact = __builtin_convertvector(sums[i].total(), WideFloats) - zero[i / N] * x_sum[i % N];
+            WideFloats exact = __builtin_convertvector(sums[i].total(middle * start[i % N]), WideFloats);
+            if (ZEROS) exact -= zero[i / N] * x_sum[i % N];
             totals[i] += (scale[i / N] * x_scale[i % N]) * exact;
         }
+        x_scale += TOKENS, x_sum += TOKENS, start += TOKENS;
     }
     UNROLLED for (int i = 0; i < PARTS * N; ++i) store(y + 2 * (i % N) + i / N, totals[i]);
 }
 
 typedef void (*Tiles)(const Linear&, int, int, const Rounded&, int, Floats*);
-template <int BITS, class Scale>
-struct Passes {  // of 1, 2 .. TOKENS tokens
-    template <size_t... N> static const Tiles* all(std::index_sequence<N...>) {
-        static constexpr Tiles each[] = {tiles<BITS, Scale, N + 1>...};
-        return each;
-    }
-    static const Tiles* all() { return all(std::make_index_sequence<TOKENS>()); }
-};
-
-template <int BITS> const Tiles* tiles_of(int type) {
-    return type == 0 ? Passes<BITS, Bf16>::all() : type == 1 ? Passes<BITS, Fp16>::all() : Passes<BITS, Fp32>::all();
+template <int BITS, class Scale, bool ZEROS, size_t... N> const Tiles* passes(std::index_sequence<N...>) {
+    static constexpr Tiles each[] = {tiles<BITS, Scale, ZEROS, N + 1>...};  // of 1, 2 .. TOKENS tokens
+    return each;
 }
-const Tiles* tiles_of(const Linear& w) { return w.bits == 4 ? tiles_of<4>(w.scale_type) : tiles_of<8>(w.scale_type); }
+
+template <int BITS, class Scale> const Tiles* tiles_of(const Linear& w) {
+    constexpr auto all = std::make_index_sequence<TOKENS>();
+    return w.zero ? passes<BITS, Scale, true>(all) : passes<BITS, Scale, false>(all);
+}
+template <int BITS> const Tiles* tiles_of(const Linear& w) {
+    return w.scale_type == 0 ? tiles_of<BITS, Bf16>(w) : w.scale_type == 1 ? tiles_of<BITS, Fp16>(w) : tiles_of<BITS, Fp32>(w);
+}
+const Tiles* tiles_of(const Linear& w) { return w.bits == 4 ? tiles_of<4>(w) : tiles_of<8>(w); }
 
 struct Team {
     int id = 0, count = 1;
@@ -342,5 +352,10 @@ struct Memory {  // freed together
         return at;
     }
 };
+
+inline Rounded rounded_in(Memory& memory, size_t blocks) {
+    return {memory.take<int8_t>(blocks * BLOCK), memory.take<float>(blocks), memory.take<float>(blocks),
+            memory.take<int32_t>(blocks)};
+}
 
 }  // namespace
