@@ -108,6 +108,7 @@ def load_windows(
         "truncated": text.truncated,
         "characters": len(_BETWEEN.join(text.rows)),
         **counts,
+        "beginning": len(beginning(tokenizer)),
         "windows": len(ids_NT),
         "windows_asked": spec.num_samples,
         "seqlen": spec.seqlen,

@@ -138,8 +138,8 @@ class Recipe(_Strict):
     group that divides, else the channel) or `skip` (left unquantized, in the report).
     min_expert_tokens: an expert that fewer calibration tokens reach is calibrated on the whole batch instead. 0: never; an
     expert without tokens is then rounded without data.
-    first_token: how often a window's first token counts in the statistics of a layer's inputs. All later tokens attend to it,
-    and it is what a text begins with; in windows of 512 it is one of 512.
+    first_token: how often the token that the tokenizer puts before every text counts in the statistics of a layer's inputs.
+    All tokens of a text attend to it, and of a window it is one of 512. Without effect where there is none.
     """
 
     name: str = "custom"

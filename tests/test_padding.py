@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from infopt.calibration.discover import discover
 from infopt.calibration.padding import NO_TOKEN, check_causal, padded, real_tokens
@@ -16,7 +18,7 @@ from infopt.errors import Unsupported
 from infopt.model import Skeleton
 from infopt.recipes.sensitivity import _change
 
-from .tools import tiny
+from .tools import infopt, text, tiny
 
 LENGTHS = (40, 7, 23, 1, 40, 12, 31, 5, 9, 2, 17, 3, 11, 38)  # two batches
 FAMILIES = (
@@ -76,6 +78,25 @@ def test_a_token_that_counts_twice_is_two() -> None:
     found.add(x_TC, original_TC, torch.tensor([2.0, 1, 1, 2, 1]))
     wanted.add(x_TC[which], original_TC[which])
     assert close(found.gram, wanted.gram) and close(found.shift, wanted.shift)
+
+
+def test_it_counts_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    """Through the command line; elsewhere the recipe's number changes nothing."""
+    model, words = tiny("llama", tmp_path / "m"), text(tmp_path)
+
+    def weights(name: str, times: int) -> bytes:
+        recipe, out = tmp_path / f"{name}.yaml", tmp_path / name
+        recipe.write_text(f"steps: [gptq: {{}}]\nweights: {{group_size: 32}}\nfirst_token: {times}\n")
+        flags = ("--recipe", recipe, "--dataset", words, "--num-samples", 8, "--seqlen", 32, "--no-verify", "-o", out)
+        assert infopt("quantize", model, *flags).code == 0
+        return (out / "model.safetensors").read_bytes()
+
+    assert weights("once", 1) == weights("often", 64)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained(model)
+    assert weights("begun-once", 1) != weights("begun-often", 64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
