@@ -121,7 +121,7 @@ def solve(
             refit(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     codes_OI[:, order] = grid.pack(codes_IO).T
-    scale_RG, zero_RG = (scale_GO.T.contiguous(), zero_GO.T.contiguous()) if grid.rows == 1 else fixed
+    scale_RG, zero_RG = fixed if fixed and grid.rows != 1 else (scale_GO.T.contiguous(), zero_GO.T.contiguous())
     return QTensor(codes_OI, scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid), damp
 
 
