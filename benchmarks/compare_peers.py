@@ -245,12 +245,13 @@ def _warm_up(options: argparse.Namespace, name: str, python: Path) -> None:
     out, result = options.venvs.resolve() / f"{name}-tiny", options.venvs.resolve() / f"{name}-tiny.json"
     shutil.rmtree(out, ignore_errors=True)
     env = {**environment(options), **dict(PEERS[name].env)}
-    _must(peer_command(small, row, python, calibration_ids(options), out, result), env)
+    _must(peer_command(small, row, python, calibration_ids(options), out, result), env, options.venvs)
     shutil.rmtree(out)
 
 
-def _must(command: list[str], env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False)
+def _must(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    env = {**os.environ, **(env or {})}
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nexited {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
 
@@ -304,7 +305,8 @@ def run_row(options: argparse.Namespace, row: Row, ids: Path) -> dict[str, Any]:
         python = peer_python(options, row.tool)
         env = {**environment(options), **dict(PEERS[row.tool].env)}
         command = peer_command(options, row, python, ids, out.resolve(), result.resolve())
-    cost = run_measured(command, log, env=env, timeout=options.timeout)
+    litter = options.results if row.tool in PEERS else None  # some leave files where they run; their paths are absolute
+    cost = run_measured(command, log, env=env, timeout=options.timeout, cwd=litter)
     found |= {"process": dataclasses.asdict(cost)}
     if cost.code:
         found["status"] = f"timed out after {options.timeout:.0f} s" if cost.timed_out else f"exit status {cost.code}"

@@ -32,8 +32,9 @@ class Cost:
 
 
 def run_measured(
-    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, timeout: float | None = None
-) -> Cost:
+    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, timeout: float | None = None,
+    cwd: Path | None = None,
+) -> Cost:  # fmt: skip
     """Run `command` with its output in `log` (stdout and stderr together), and measure it and the children it waited for.
 
     After `timeout` seconds the command and everything it started is killed. `env` is laid over this environment.
@@ -46,6 +47,7 @@ def run_measured(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
             process_group=0,  # a group of its own can be killed as a whole
         )
         try:
