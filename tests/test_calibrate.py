@@ -96,6 +96,13 @@ def test_experts(family: str, words: Path, tmp_path: Path) -> None:
     assert other.code == 2 and "--min-expert-tokens 100" in other.err
 
 
+def test_statistics_count_every_token_once(model: Path, stats: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("steps: [gptq: {}]\nsequential: none\nweights: {group_size: 32}\nfirst_token: 8\n")
+    other = infopt("quantize", model, "--calibration", stats, "--recipe", recipe, "-o", tmp_path / "x")
+    assert other.code == 2 and "first_token: 1" in other.err and not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_a_rotated_model_has_statistics_of_its_own(model: Path, words: Path, stats: Path, tmp_path: Path) -> None:
     assert calibrate(model, tmp_path / "s", words, "--rotate", "--seed", 5).code == 0
