@@ -89,8 +89,8 @@ def solve(
     codes_IO = torch.empty_like(w_IO)
     groups = -(-columns // width)
     scale_GO, zero_GO = torch.empty(groups, rows), torch.empty(groups, rows)
+    height = grid.rows or rows
     if fixed:
-        height = grid.rows or rows
         scale_GO.copy_(fixed[0].repeat_interleave(height, 0)[:rows].T)
         zero_GO.copy_(fixed[1].repeat_interleave(height, 0)[:rows].T)
     step = width if grid.group is not None else _CHUNK
@@ -117,11 +117,9 @@ def solve(
         h_CC.diagonal().copy_(_damped(h_CC.diagonal(), damp))
     for _ in range(passes):
         descend(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
-        if grid.rows == 1:
-            refit(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     codes_OI[:, order] = grid.pack(codes_IO).T
-    scale_RG, zero_RG = fixed if fixed and grid.rows != 1 else (scale_GO.T.contiguous(), zero_GO.T.contiguous())
+    scale_RG, zero_RG = (part_GO.T[::height].contiguous() for part_GO in (scale_GO, zero_GO))
     return QTensor(codes_OI, scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid), damp
 
 
@@ -168,7 +166,8 @@ def descend(
     group_I: torch.Tensor,
 ) -> None:
     """A pass over codes_IO: each column in turn takes the codes that make tr(E H E^T), E = W - Q, smallest while all others
-    stay; those of column j are nearest to w_j + (sum_{k != j} H_jk e_k) / H_jj. h_II: with its damping, positive definite."""
+    stay; those of column j are nearest to w_j + (sum_{k != j} H_jk e_k) / H_jj. Then each scale of scale_GO, where no rows
+    share one. h_II: with its damping, positive definite."""
     error_IO = w_IO - grid.decode(codes_IO, scale_GO[group_I], zero_GO[group_I])
     pull_IO = h_II @ error_IO
     for start in range(0, len(w_IO), _BLOCK):
@@ -181,21 +180,20 @@ def descend(
             error_IO[i] = w_IO[i] - grid.decode(codes_IO[i], scale_O, zero_O)
             pull_KO[j + 1 :].addr_(h_KK[j + 1 :, j], error_IO[i] - error_O)
         pull_IO[block.stop :].addmm_(h_II[block.stop :, block], error_IO[block] - before_KO)
+    if grid.rows == 1:
+        _refit(error_IO, codes_IO - zero_GO[group_I], h_II, grid, scale_GO, group_I)
 
 
-def refit(
-    w_IO: torch.Tensor,
-    codes_IO: torch.Tensor,
+def _refit(
+    error_IO: torch.Tensor,
+    value_IO: torch.Tensor,
     h_II: torch.Tensor,
     grid: Grid,
     scale_GO: torch.Tensor,
-    zero_GO: torch.Tensor,
     group_I: torch.Tensor,
 ) -> None:
-    """A pass over scale_GO: each in turn becomes the number, as it is stored, nearest to the one that makes tr(E H E^T)
-    smallest while all else stays, s + v^T (H E)_g / v^T H_gg v with v = codes - zero."""
-    value_IO = codes_IO - zero_GO[group_I]
-    error_IO = w_IO - value_IO * scale_GO[group_I]
+    """Each scale in turn becomes the number, as it is stored, nearest to the one that makes tr(E H E^T) smallest while all
+    else stays: s + v^T (H E)_g / v^T H_gg v, v = codes - zero."""
     for g, scale_O in enumerate(scale_GO):
         members_K = (group_I == g).nonzero()[:, 0]
         value_KO, h_KI = value_IO[members_K], h_II[members_K]
