@@ -36,7 +36,7 @@ infopt.__path__.append(str(ROOT))  # its folders are packages of infopt where it
 import gpu_report  # noqa: E402
 import gpu_timing  # noqa: E402
 import torch  # noqa: E402
-from gpu_ops import LIMITS, OPS, Case, Contender, Op  # noqa: E402
+from gpu_ops import LIMITS, OPS, Case, Contender, Op, link  # noqa: E402
 from gpu_step import STEP_OP  # noqa: E402
 from gpu_triton_ops import TRITON_OPS  # noqa: E402
 
@@ -216,7 +216,9 @@ def measure(op: Op, case: Case, row: Row, run: Run) -> None:
 
 
 def graph_of(contender: Contender, inputs: Any, run: Run) -> Any:
-    return run.capture([contender.prepare(inputs) for _ in range(gpu_timing.copies(contender.nbytes(inputs)))])
+    calls = [contender.prepare(inputs) for _ in range(gpu_timing.copies(contender.nbytes(inputs)))]
+    link(calls)
+    return run.capture(calls)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

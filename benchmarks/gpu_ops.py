@@ -8,7 +8,7 @@ Legend: T tokens, I input columns, O output rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,13 +116,29 @@ def _cloned(packed: Packed) -> Packed:
     return own
 
 
-def _decode(problems: list[Problem]) -> Call:
-    own = []
-    for p in problems:
-        packed = _cloned(p.packed)
-        out = torch.full((len(p.x_TI), p.q.shape[0]), torch.nan, dtype=p.x_TI.dtype, device=p.x_TI.device)
-        own.append((packed, p.x_TI, out))
-    return lambda: [decode.multiply(packed, x_TI, out=out) for packed, x_TI, out in own]
+class Decoding:
+    """Products one after the other, each of which knows the weight that comes next, as in a model. after: after the last."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.after: Tensor | None = None
+        self.weights = [_cloned(p.packed) for p in problems]
+        self._outs = [
+            torch.full((len(p.x_TI), p.q.shape[0]), torch.nan, dtype=p.x_TI.dtype, device=p.x_TI.device)
+            for p in problems
+        ]
+        self._xs = [p.x_TI for p in problems]
+
+    def __call__(self) -> list[Tensor]:
+        ahead = [*(packed.weight for packed in self.weights[1:]), self.after]
+        each = zip(self.weights, self._xs, self._outs, ahead, strict=True)
+        return [decode.multiply(packed, x_TI, out=out, ahead=after) for packed, x_TI, out, after in each]
+
+
+def link(calls: Sequence[Call]) -> None:
+    """Tell each of these, in a circle, what is multiplied with after it."""
+    for one, after in zip(calls, [*calls[1:], *calls[:1]], strict=True):
+        if isinstance(one, Decoding) and isinstance(after, Decoding):
+            one.after = after.weights[0].weight
 
 
 def _prefill(problems: list[Problem]) -> Call:
@@ -166,7 +182,7 @@ def _gemlite(problems: list[Problem]) -> Call:
     return lambda: [layer(x_TI) for layer, x_TI in own]
 
 
-OURS = Contender("infopt", _decode, lambda ps: sum(p.packed.nbytes for p in ps) + _activations(ps))
+OURS = Contender("infopt", Decoding, lambda ps: sum(p.packed.nbytes for p in ps) + _activations(ps))
 PREFILL = Contender("infopt", _prefill, OURS.nbytes)
 CUBLAS = Contender("cublas", _cublas, lambda ps: sum(2 * p.q.codes.numel() for p in ps) + _activations(ps))
 TINYGEMM = Contender(
@@ -185,7 +201,10 @@ LAYERS = {
     "8B o": (OUT,),
     "8192x8192": ((8192, 8192),),
 }
-_SOURCES = tuple(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode", "dequantize"))
+_SOURCES = (
+    *(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode", "dequantize")),
+    "kernels/cuda/decode.py",
+)
 
 
 def linear_op(

@@ -21,8 +21,8 @@ INTRODUCTION = (
     "Made by `python benchmarks/gpu_report.py` of what `make gpu-check` wrote to `benchmarks/results/`; not to be edited.",
     "Times are of captured graphs over more memory than the cache holds. The floor is the time in which this GPU reads the",
     "bytes (or multiplies, if that is longer), as measured in the same run, and an empty kernel for each that cannot be",
-    "spared. A number above 1 under a name is how many times longer that one takes. `changed since`: the kernel is another",
-    "one now, and its time was not taken again.",
+    "spared. Products of few tokens know, as in a model, the weight that comes next. A number above 1 under a name is how many",
+    "times longer that one takes. `changed since`: the kernel is another one now, and its time was not taken again.",
 )
 #: Slower than the last results of the same GPU by more than this, and by more than three times the spread.
 TOLERATED = 0.05

@@ -166,9 +166,11 @@ def _(x, codes, scale, zero, kind, part, columns, bias=None, act="none"):
 def tile_linear(
     x: Tensor, weight: Tensor, scales: Tensor, arrived: Tensor, shape: Sequence[int], codes: str,
     scale_dtype: torch.dtype, group: int, zeros: bool, zero: int, bias: Tensor | None = None, gated: bool = False,
+    ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x W^T + b [T, O]; the weight's parts are those of `cuda.layout.Packed`, and `arrived` is as it was afterwards.
-    gated: silu of the first half times the second [T, O / 2]; the bias is in the order of the packed rows."""
+    gated: silu of the first half times the second [T, O / 2]; the bias is in the order of the packed rows. ahead: the weight
+    of what is multiplied with next, which changes no result."""
     packed = _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, gated)
     bias = None if bias is None else (ungated(bias[:, None])[:, 0] if gated else bias).float()
     y = torch.nn.functional.linear(x.float(), packed.dequantize(torch.float32), bias)
@@ -176,16 +178,15 @@ def tile_linear(
 
 
 @tile_linear.register_kernel("cuda")
-def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False):
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False, ahead=None):
     from infopt.kernels.cuda import linear
 
-    return linear.multiply(
-        _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, gated), x, bias
-    )
+    packed = _tiles(weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, gated)
+    return linear.multiply(packed, x, bias, ahead)
 
 
 @tile_linear.register_fake
-def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False):
+def _(x, weight, scales, arrived, shape, codes, scale_dtype, group, zeros, zero, bias=None, gated=False, ahead=None):
     return x.new_empty(x.shape[0], shape[0] // 2 if gated else shape[0])
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from infopt import kernels
 from infopt.kernels.cpu import Precision, PreparedLinear
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.kernels.native import PackedWeight
 from infopt.kv_cache import with_cache
 from infopt.model import BlockCall
@@ -56,12 +57,12 @@ class Norm:
 @dataclass(frozen=True)
 class Linear:
     """Layers that read the same, as one. nbytes: of the weights as they are kept. kernels: what runs. weight, bias_O: of the
-    whole, where it is one weight of the C++."""
+    whole, where it is one weight of the C++ or of a GPU."""
 
     multiply: Callable[[Tensor], Tensor]
     nbytes: int
     kernels: tuple[str, ...]
-    weight: PackedWeight | None = None
+    weight: PackedWeight | CudaLinear | None = None
     bias_O: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -206,6 +207,7 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     if whole is not None:
         prepared = kernels.prepare(whole, precision)
         weight = prepared.weight if isinstance(prepared, PreparedLinear) else None
+        weight = prepared if isinstance(prepared, CudaLinear) else weight
         return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,), weight, bias_O)
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)
@@ -218,14 +220,12 @@ def join_gated(block: nn.Module, names: Sequence[str], codes: Codes, act: nn.Mod
     whole = None if any(q is None for q in found) else _one(found)
     if whole is None or whole.codes.device.type != "cuda" or not _is_silu(act):
         return None
-    from infopt.kernels.cuda.linear import CudaLinear
-
     prepared = CudaLinear.of(whole, gated=True)
     if prepared is None:
         return None
     modules: list[Any] = [block.get_submodule(name) for name in names]
     bias_O = _joined([getattr(module, "bias", None) for module in modules], modules)
-    return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,))
+    return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,), prepared, bias_O)
 
 
 def _is_silu(act: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from infopt.kernels.native import BlockStruct, Native, PagesStruct, TextStruct
+from infopt.kernels.native import BlockStruct, Native, PackedWeight, PagesStruct, TextStruct
 from infopt.runtime.block import ODD, FusedBlock, Norm, rms_norm
 from infopt.runtime.paged import PagedCache, Step
 from infopt.runtime.store import LayerKind
@@ -108,7 +108,8 @@ class Decoder:
 
 
 def _struct(block: FusedBlock, kind: int) -> BlockStruct:
-    linears = [linear.weight.with_bias(linear.bias_O) for linear in block.linears if linear.weight]
+    weights = [(linear.weight, linear.bias_O) for linear in block.linears]
+    linears = [weight.with_bias(bias_O) for weight, bias_O in weights if isinstance(weight, PackedWeight)]
     if len(linears) < len(block.linears) or block.width % 8 or linears[2].rows != 2 * linears[3].columns:
         raise ValueError("a block with other weights")
     norms = [block.norm, block.mlp_norm, *(block.head_norms or (None, None))]

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infopt.kernels import operators, reference
+from infopt.kernels.cuda.linear import follow
 from infopt.kernels.pages import PAGE, Pages
 from infopt.runtime.block import ODD, FusedBlock, Norm, rms_norm
 from infopt.runtime.paged import PagedCache, Request, Step, half_kinds
@@ -130,6 +131,7 @@ class GpuDecoder:
             model.get_output_embeddings(),
         )
         self._norm: Norm = rms_norm(base.norm)
+        follow([linear.weight for block in blocks for linear in block.linears])
         self._kinds, self._windows = kinds, list(dict.fromkeys(kind.window for kind in kinds))
         self._capture = capture or graph
         self._graphs: dict[tuple[int, ...], _Graph] = {}

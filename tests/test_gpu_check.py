@@ -16,6 +16,7 @@ import torch
 from infopt.errors import Unsupported
 from infopt.kernels import jit
 from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.decode import Geometry
 
 from .emulator.build import COMPILER, Emulator
 
@@ -56,7 +57,7 @@ def emulated(op: Op, emulator: Emulator, factor: float) -> Op:
     """The op with the emulator in the place of the GPU; its results times a factor."""
 
     def prepare(problems: list[Problem]) -> Call:
-        return lambda: [emulator.multiply(p.packed, p.x_TI, parts=2) * factor for p in problems]
+        return lambda: [emulator.multiply(p.packed, p.x_TI, geometry=Geometry(2, 2, 1)) * factor for p in problems]
 
     return replace(op, ours=Contender("emulated", prepare, op.ours.nbytes))
 

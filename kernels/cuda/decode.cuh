@@ -1,4 +1,4 @@
-// y = x W^T for a few tokens (at most 32) and a weight in 4 or 8 bits: a stream of bytes through the tensor cores.
+// y = x W^T for a few tokens (at most 16) and a weight in 4 or 8 bits: a stream of bytes through the tensor cores.
 //
 // The weight is operand A of m16n8k16 and the tokens are its eight columns, so eight tokens cost one instruction and
 // nothing is padded to sixteen. Tokens beyond the last one are copies of it whose results are not stored.
@@ -8,23 +8,26 @@
 // g + 8; its fragment j (of 4) columns 32 (j / 2) + 8 t + 4 (j % 2) + {0, 1, 2, 3}. The order of columns within a chunk
 // is free, because x is permuted in the same way: by being loaded as two 16-byte vectors, at columns 8 t and 32 + 8 t.
 //
-// Work: a unit is 128 output rows (one tile for each warp of a block) times the columns of one scale, 64 at least. The warps
-// of a block walk along the same columns, so x is read from the L2 once for 128 rows; more than 16 tokens by all threads
-// together, one unit ahead, into shared memory in the order of fragments. Loads of weights run `RING` vectors ahead in
-// registers. Where there are too few rows to fill the GPU, the columns of 128 rows are cut into as many parts (`parts` in
-// decode.py), one for each of as many blocks, whose sums are added in the order of the columns: where blocks form clusters
-// each tile by one of them, into whose shared memory the others write; elsewhere out of the L2, by whoever arrives last.
+// Work: a unit is a tile times the columns of one scale, 64 at least. A warp multiplies units of one tile; loads of weights
+// run `RING` vectors ahead in registers. `tiles` warps of a block walk along the same columns, so x comes once from the L2
+// for all of them. The columns of a tile are cut into parts, for `cuts` warps of a block times `cluster` blocks, so that every
+// processor of the GPU gets as much to do as any other. The sums of the parts are added in the order of the columns: where
+// blocks form clusters each tile by one of them, into whose shared memory the others write; elsewhere out of the L2, by
+// whoever arrives last.
 //
 // No sum depends on time, and none on the number of tokens: the same token gives the same bits alone and in a batch.
 //
 // Weights do not depend on the kernel before, so their first loads are on their way before it has ended; all else waits.
+// Memory would still rest while blocks end, others begin, and kernels run that read little: so a warp that has done its part
+// asks for pieces of the weight that comes next, spread evenly over it, to be brought to the L2.
 #pragma once
 
 #include "unpack.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 8;  // of a block, at most
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 64;
+constexpr int PIECE = 1024;  // bytes that are fetched ahead at a time
 
 struct Decode {
   const uint4* weight;
@@ -32,9 +35,12 @@ struct Decode {
   const u16* x;         // [tokens, columns]
   const u16* bias;      // [rows], or null
   u16* y;               // [tokens, rows], or [tokens, rows / 2] with SwiGLU
-  float4* partial;      // [blocks, token tiles, THREADS], used where there are no clusters
-  u32* arrived;         // zeros, [rows / 128], and zeros again afterwards; used there too
-  int tokens, rows, columns, parts;
+  float4* partial;      // [tiles, parts, token tiles, 32], used where there are no clusters
+  u32* arrived;         // zeros, one for each `tiles` tiles, and zeros again afterwards; used there too
+  const char* ahead;    // the weight that comes next
+  int tokens, rows, columns;
+  int tiles, cuts, cluster;  // see above
+  int pieces, stride;   // of what comes next: how many to fetch, and bytes from one to the next
 };
 
 // Which kernel: the codes, the type of x and y, the type of stored scales, columns per scale (0: one scale for each row),
@@ -51,7 +57,6 @@ struct Variant {
   static constexpr int VECTORS = (CODES == INT4 ? 1 : 2) * UNIT / CHUNK;  // per lane and unit
   static constexpr int RING = TOKENS == 1 ? 8 : 4;                   // vectors in flight per lane; registers bound it
   static constexpr int DEPTH = RING / VECTORS;                       // units in flight
-  static constexpr bool STAGED = TOKENS == 4;  // x goes through shared memory: fewer tokens come faster out of the L1
 };
 
 // Scales and zero points as they lie in memory, for rows g and g + 8:
@@ -98,12 +103,12 @@ struct Block {
   typedef typename Codes::Zero Zero;
   static constexpr int WORDS = Scales<V>::WORDS;
 
-  static constexpr int X = V::TOKENS * 64 * V::UNIT / CHUNK;     // vectors of x in a unit
-  static constexpr int MINE = (X + THREADS - 1) / THREADS;       // of them at most for a thread
-  static constexpr int SLOTS = 14;  // parts of tiles that a block of a cluster adds up, at most
+  static constexpr int SUMS = 32 * V::TOKENS;  // vectors of a warp
+  static constexpr int SLOTS = 16;             // parts of tiles that a block of a cluster adds up, at most
 
   const Decode& d;
-  const int thread, lane, warp, g, t, part, per_row, from, to, tile;  // from, to: its units
+  const int block, lane, warp, g, t;        // block: of its cluster
+  const int row, cut, parts, part, per_row, from, to, tile;  // row: of the block's tiles. from, to: its units
   const bool has_rows;
   Ring<V> ring;
   float sum[V::TOKENS][4];
@@ -111,10 +116,11 @@ struct Block {
   const uint4* weight;
   const u32* scales;
 
-  DEVICE Block(const Decode& d, int block, int thread)
-      : d(d), thread(thread), lane(thread & 31), warp(thread >> 5), g(lane >> 2), t(lane & 3), part(block % d.parts),
-        per_row(d.columns / V::UNIT), from(per_row * part / d.parts), to(per_row * (part + 1) / d.parts),
-        tile(block / d.parts * WARPS + warp), has_rows(tile * 16 < d.rows) {}
+  DEVICE Block(const Decode& d, int number, int thread)
+      : d(d), block(number % d.cluster), lane(thread & 31), warp(thread >> 5), g(lane >> 2), t(lane & 3),
+        row(warp % d.tiles), cut(warp / d.tiles), parts(d.cuts * d.cluster), part(block * d.cuts + cut),
+        per_row(d.columns / V::UNIT), from(per_row * part / parts), to(per_row * (part + 1) / parts),
+        tile(number / d.cluster * d.tiles + row), has_rows(tile * 16 < d.rows) {}
 
   // The first DEPTH units on their way.
   DEVICE void start() {
@@ -134,51 +140,22 @@ struct Block {
 
   DEVICE const u32* row_entry() const { return d.scales + (tile * 8 + g) * 4; }
 
-  // x of a unit: [chunk][token tile][32 columns][lane], the 8 columns that a lane multiplies with.
-  DEVICE void load_x(uint4 (&to)[MINE], int unit) const {
-#pragma unroll
-    for (int k = 0; k < MINE; k++) {
-      const int i = thread + k * THREADS, token = i / 64 % V::TOKENS * 8 + i % 32 / 4;
-      const int column = unit * V::UNIT + i / (64 * V::TOKENS) * CHUNK + i / 32 % 2 * 32 + i % 4 * 8;
-      const int there = token < d.tokens ? token : d.tokens - 1;
-      if (i < X) to[k] = load_again((const uint4*)(d.x + (size_t)there * d.columns + column));
-    }
-  }
-
-  DEVICE void store_x(uint4* to, const uint4 (&x)[MINE]) const {
-#pragma unroll
-    for (int k = 0; k < MINE; k++)
-      if (thread + k * THREADS < X) store(to + thread + k * THREADS, x[k]);
-  }
-
   // sum = these units' part of the product, scaled (unless each row has one scale: that comes last).
   DEVICE void multiply() {
 #pragma unroll
     for (int n = 0; n < V::TOKENS; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
-    if (!V::STAGED && !has_rows) return;
-    const u16* own[V::TOKENS];  // where x is not staged
+    if (!has_rows) return;
+    const u16* own[V::TOKENS];
 #pragma unroll
     for (int n = 0; n < V::TOKENS; n++) {
       const int token = n * 8 + g;
       own[n] = d.x + (size_t)(token < d.tokens ? token : d.tokens - 1) * d.columns + from * V::UNIT + 8 * t;
     }
-    uint4* units = V::STAGED ? block_memory<uint4, V::STAGED ? 2 * X : 1>() : nullptr;
-    uint4 next[MINE];
-    if constexpr (V::STAGED) load_x(next, from);
     for (int at = from; at < to; at += V::DEPTH) {
 #pragma unroll
       for (int i = 0; i < V::DEPTH; i++) {
         if (at + i >= to) break;
-        if constexpr (V::STAGED) {
-          uint4* here = units + (at + i - from) % 2 * X;
-          store_x(here, next);
-          block_barrier();
-          if (at + i + 1 < to) load_x(next, at + i + 1);
-          if (!has_rows) continue;
-          unit(i, [&](int j, int n) { return here[((j / 2 * V::TOKENS + n) * 2 + j % 2) * 32 + lane]; });
-        } else {
-          unit(i, [&](int j, int n) { return load_again((const uint4*)(own[n] + i * V::UNIT + j * 32)); });
-        }
+        unit(i, [&](int j, int n) { return load_again((const uint4*)(own[n] + i * V::UNIT + j * 32)); });
         const int ahead = i + V::DEPTH;
         if (at + ahead < to) ring.load(i, weight + ahead * (V::VECTORS * 32), scales + ahead * (8 * WORDS));
       }
@@ -187,6 +164,12 @@ struct Block {
 #pragma unroll
       for (int n = 0; n < V::TOKENS; n++) own[n] += V::DEPTH * V::UNIT;
     }
+  }
+
+  DEVICE void fetch_ahead() const {
+    const int own = d.tiles * d.cuts, warps = gridDim.x * own;
+    for (int i = lane * warps + blockIdx.x * own + warp; i < d.pieces; i += 32 * warps)
+      fetch(d.ahead + (size_t)i * d.stride, PIECE);
   }
 
   // One unit out of the ring: fragments of as many columns as share a scale, then the scale. x(j, n): what this lane
@@ -236,8 +219,8 @@ struct Block {
   }
 
   // Which block of a cluster adds up a tile, and the first of its tiles.
-  DEVICE int owner(int warp) const { return warp * d.parts / WARPS; }
-  DEVICE int first_tile(int block) const { return (block * WARPS + d.parts - 1) / d.parts; }
+  DEVICE int owner() const { return row * d.cluster / d.tiles; }
+  DEVICE int first_tile() const { return (owner() * d.tiles + d.cluster - 1) / d.cluster; }
 
   DEVICE float4 vector(int n) const { return make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]); }
 
@@ -247,7 +230,7 @@ struct Block {
 #pragma unroll
     for (int n = 0; n < V::TOKENS; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
 #pragma unroll(4 / V::TOKENS)  // four vectors on their way; more would not fit into registers
-    for (int other = 0; other < d.parts; other++) {
+    for (int other = 0; other < parts; other++) {
 #pragma unroll
       for (int n = 0; n < V::TOKENS; n++) {
         const float4 v = load(first + other * step + n * 32);
@@ -256,35 +239,33 @@ struct Block {
     }
   }
 
-  // Each warp's sums to the block that adds up its tile; true for a warp that has all of one then.
+  // Each warp's sums to the block that adds up its tile; true for the warp that has all of it then.
   DEVICE bool meet_in_cluster() {
-    constexpr int PART = V::TOKENS * 32;  // vectors
-    float4* sums = block_memory<float4, SLOTS * PART>();
-    const int slot = warp - first_tile(owner(warp));
+    float4* sums = block_memory<float4, SLOTS * SUMS>() + (row - first_tile()) * parts * SUMS + lane;
     cluster_wait();  // all of its blocks have begun
 #pragma unroll
-    for (int n = 0; n < V::TOKENS; n++)
-      store_to_block(sums + (slot * d.parts + part) * PART + n * 32 + lane, owner(warp), vector(n));
+    for (int n = 0; n < V::TOKENS; n++) store_to_block(sums + part * SUMS + n * 32, owner(), vector(n));
     cluster_arrive();
     cluster_wait();
-    if (owner(warp) != part) return false;
-    gather(sums + slot * d.parts * PART + lane, PART, [](const float4* p) { return *p; });
+    if (block != owner() || cut) return false;
+    gather(sums, SUMS, [](const float4* p) { return *p; });
     return true;
   }
 
   // The block's sums to where the others find them; true for the block that comes last and has all of them then.
-  DEVICE bool meet_in_memory(int row) {
-    constexpr int PART = V::TOKENS * THREADS;  // vectors
-    const u32 last = d.parts - 1;
-    float4* first = d.partial + (size_t)row * d.parts * PART + warp * (V::TOKENS * 32) + lane;
+  DEVICE bool meet_in_memory() {
+    const u32 last = d.cluster - 1;
+    float4* sums = d.partial + (size_t)tile * parts * SUMS + lane;
+    if (has_rows)
 #pragma unroll
-    for (int n = 0; n < V::TOKENS; n++) store(first + part * PART + n * 32, vector(n));
+      for (int n = 0; n < V::TOKENS; n++) store(sums + part * SUMS + n * 32, vector(n));
     device_fence();
     block_barrier();
-    const bool complete = thread == 0 && count_up(d.arrived + row, last) == last;
+    const bool complete = threadIdx.x == 0 && count_up(d.arrived + blockIdx.x / d.cluster, last) == last;
     if (!block_any(complete)) return false;
     device_fence();
-    gather(first, PART, load_shared_result);
+    if (!has_rows || cut) return false;
+    gather(sums, SUMS, load_shared_result);
     return true;
   }
 
@@ -325,8 +306,9 @@ template <typename V>
 DEVICE void decode(const Decode& d) {
   Block<V> work(d, blockIdx.x, threadIdx.x);
   work.start();
-  if (CLUSTERS && d.parts > 1) cluster_arrive();
+  if (CLUSTERS && work.parts > 1) cluster_arrive();
   wait_for_kernel_before();
   work.multiply();
-  if (d.parts == 1 || (CLUSTERS ? work.meet_in_cluster() : work.meet_in_memory(blockIdx.x / d.parts))) work.write();
+  work.fetch_ahead();
+  if (work.parts == 1 || (CLUSTERS ? work.meet_in_cluster() : work.meet_in_memory())) work.write();
 }

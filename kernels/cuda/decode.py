@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from importlib import resources
 
 import torch
@@ -20,13 +21,18 @@ from infopt.kernels import jit
 from infopt.kernels.cuda.layout import CHUNK, FLOATS, TILE, Packed
 
 MOST_TOKENS = 32
-WARPS = 8
+WARPS = 8  # of a block, at most
+THREADS = 32 * WARPS
 CLUSTERS = 90  # the first architecture whose blocks read each other's memory, and that begins a kernel early
-_BLOCKS_PER_PROCESSOR = 2  # as many as fit, whatever the number of tokens
-_LEAST_CHUNKS = 2  # of a block: below, adding up the parts costs more than it saves
-_CLUSTERED = 1.5  # of those in clusters: each cluster lies within one of the GPU's seven or eight parts
-_MOST_PARTS = 8  # the most blocks of a cluster that every GPU with clusters has
-_START = 2  # units that a block could have multiplied with while it begins and ends
+_AT_ONCE = 16  # tokens of a launch
+_BLOCKS_PER_PROCESSOR = 2  # as many as fit
+_CLUSTER = 2  # blocks that share their rows; of more, a GPU does not hold as many as of these
+_START = 8  # units that a warp could have multiplied with while it begins and ends
+_PIECE = 1024  # bytes, as decode.cuh has it
+_AHEAD = {
+    1: 8 << 20,
+    2: 4 << 20,
+}  # bytes of the next weight, by eights of tokens: what memory gives while it would rest
 _ENTRY = """#include "device.cuh"
 #include "decode.cuh"
 extern "C" __global__ void __launch_bounds__(THREADS, {blocks}) kernel(const Decode d) {{ decode<{variant}>(d); }}
@@ -37,15 +43,38 @@ class Arguments(ctypes.Structure):
     """`Decode` of decode.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scales", "x", "bias", "y", "partial", "arrived")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "parts")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "x", "bias", "y", "partial", "arrived", "ahead")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("tokens", "rows", "columns", "tiles", "cuts", "cluster", "pieces", "stride")
+        ),
     ]
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """A block: `tiles` tiles of rows times `cuts` parts of their columns, a warp for each; `cluster` blocks share the rows."""
+
+    tiles: int
+    cuts: int
+    cluster: int
+
+    @property
+    def parts(self) -> int:
+        """Of the columns."""
+        return self.cuts * self.cluster
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.tiles * self.cuts
+
+    def blocks(self, packed: Packed) -> int:
+        return -(-_tiles(packed) // self.tiles) * self.cluster
+
+
 def variant(packed: Packed, dtype: torch.dtype, tokens: int) -> str:
-    """The kernel for this weight, activations of `dtype` (fp16 or bf16) and up to 8, 16 or 32 tokens, as C++."""
-    eights = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    flags = [str(value).lower() for value in (packed.group, packed.zeros, packed.zero, eights, packed.gated)]
+    """The kernel for this weight, activations of `dtype` (fp16 or bf16) and up to 8 or 16 tokens, as C++."""
+    flags = [str(value).lower() for value in (packed.group, packed.zeros, packed.zero, _eights(tokens), packed.gated)]
     return f"Variant<{', '.join([packed.codes, FLOATS[dtype], FLOATS[packed.scale_dtype], *flags])}>"
 
 
@@ -60,61 +89,88 @@ def source(variant: str) -> jit.Source:
 
 
 @functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def architecture(device: int) -> int:
     """What to compile for, for torch's CUDA device of this number."""
     return jit.supported(torch.cuda.get_device_capability(device), jit.nvrtc().architectures)
 
 
-def rows_of_blocks(packed: Packed) -> int:
-    """How many blocks the rows are for, with all columns."""
-    return -(-packed.shape[0] // (WARPS * TILE))
+def _eights(tokens: int) -> int:
+    return 1 if tokens <= 8 else 2
 
 
-def parts(packed: Packed, processors: int, clusters: bool) -> int:
-    """In how many parts the columns are cut, each for a block: as many as end first, of those that run at once.
-    It must not depend on the number of tokens, since the order of sums does on it."""
-    columns, per_unit = packed.shape[1], max(packed.group, CHUNK)
-    units, most = columns // per_unit, min(_MOST_PARTS, max(1, columns // (_LEAST_CHUNKS * CHUNK)))
-
-    def end(parts: int) -> int:
-        at_once = int(processors * (_CLUSTERED if clusters and parts > 1 else _BLOCKS_PER_PROCESSOR))
-        return -(-rows_of_blocks(packed) * parts // at_once) * (-(-units // parts) + _START)
-
-    return min(range(1, min(units, most) + 1), key=end)
+def _tiles(packed: Packed) -> int:
+    return -(-packed.shape[0] // TILE)
 
 
-def partial_sums(packed: Packed, parts: int, tokens: int) -> int:
-    """How many fp32 numbers the blocks leave for each other, without clusters."""
-    eights = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    return rows_of_blocks(packed) * parts * WARPS * TILE * 8 * eights
+@functools.cache
+def geometry(tiles: int, units: int, processors: int) -> Geometry:
+    """How a weight of so many tiles, and units of columns, is spread: so that the longest row of units that one warp walks
+    along, and the most that one processor has to do, are short. It does not depend on the number of tokens, since the order of
+    sums does on it."""
+
+    def cost(g: Geometry) -> tuple[float, int]:
+        blocks, walk = -(-tiles // g.tiles) * g.cluster, -(-units // g.parts)
+        waves = -(-blocks // (processors * _BLOCKS_PER_PROCESSOR))
+        busiest = -(-blocks // processors) * g.tiles * g.cuts * walk
+        together = WARPS * _BLOCKS_PER_PROCESSOR
+        return waves * (walk + _START) + busiest / together + (g.parts > 1), -g.tiles
+
+    sizes = range(1, WARPS + 1)
+    shapes = (Geometry(t, c, k) for t in sizes for c in sizes if t * c <= WARPS for k in range(1, _CLUSTER + 1))
+    return min((g for g in shapes if g.parts <= units), key=cost)
 
 
-def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def pieces(ahead: Tensor | None, tokens: int) -> tuple[int, int]:
+    """(how many pieces of a weight are fetched ahead, bytes from one to the next): as evenly as may be."""
+    count = 0 if ahead is None else ahead.nbytes // _PIECE
+    stride = max(1, -(-count * _PIECE // _AHEAD[_eights(tokens)]))
+    return count // stride, stride * _PIECE
+
+
+def partial_sums(packed: Packed, g: Geometry, tokens: int) -> int:
+    """How many fp32 numbers the warps leave for each other, without clusters."""
+    return _tiles(packed) * g.parts * TILE * 8 * _eights(tokens)
+
+
+def multiply(
+    packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None, ahead: Tensor | None = None
+) -> Tensor:
     """y [T, O] (or [T, O / 2] of a gated weight) in the dtype of x; T up to 32, x fp16 or bf16 on the weight's GPU.
 
-    bias: in the order of the packed rows. out: where y goes, contiguous. Deterministic, and the same for a token
-    whatever else is in the batch.
+    bias: in the order of the packed rows. out: where y goes, contiguous. ahead: the `weight` of what is multiplied with next,
+    of which a part is brought nearer. Deterministic, and the same for a token whatever else is in the batch.
     """
     tokens, (rows, columns) = len(x_TI), packed.shape
     if x_TI.device.type != "cuda" or x_TI.device != packed.weight.device:
         raise Unsupported(f"Activations ({x_TI.device}) and weight ({packed.weight.device}) are not on a GPU together.")
     x_TI = _aligned(x_TI.contiguous())
     y = x_TI.new_empty(tokens, rows // 2 if packed.gated else rows) if out is None else out
-    if not tokens:
-        return y
-    device = x_TI.device
     bias = None if bias_O is None else bias_O.to(x_TI.dtype).contiguous()
-    with torch.cuda.device(device):
-        clusters = architecture(device.index) >= CLUSTERS
-        count = parts(packed, torch.cuda.get_device_properties(device).multi_processor_count, clusters)
-        shared = count > 1 and not clusters
-        partial = torch.empty(partial_sums(packed, count, tokens) if shared else 0, dtype=torch.float32, device=device)
-        pointers = (packed.weight, packed.scales, x_TI, bias, y, partial, packed.arrived)
-        arguments = Arguments(*(None if p is None else p.data_ptr() for p in pointers), tokens, rows, columns, count)
-        kernel = _kernel(variant(packed, x_TI.dtype, tokens), device.index)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        kernel.launch(rows_of_blocks(packed) * count, 32 * WARPS, stream, arguments, count if clusters else 1, clusters)
+    with torch.cuda.device(x_TI.device):
+        g = geometry(_tiles(packed), columns // max(packed.group, CHUNK), _processors(x_TI.device.index))
+        for first in range(0, tokens, _AT_ONCE):
+            some = slice(first, first + _AT_ONCE)
+            launch(packed, x_TI[some], bias, y[some], ahead if first + _AT_ONCE >= tokens else None, g)
     return y
+
+
+def launch(packed: Packed, x_TI: Tensor, bias_O: Tensor | None, y: Tensor, ahead: Tensor | None, g: Geometry) -> None:
+    """One kernel, on the current device, for at most 16 tokens."""
+    tokens, device = len(x_TI), x_TI.device
+    clusters = architecture(device.index) >= CLUSTERS
+    shared = g.parts > 1 and not clusters
+    partial = torch.empty(partial_sums(packed, g, tokens) if shared else 0, dtype=torch.float32, device=device)
+    pointers = (packed.weight, packed.scales, x_TI, bias_O, y, partial, packed.arrived, ahead)
+    addresses = (None if p is None else p.data_ptr() for p in pointers)
+    arguments = Arguments(*addresses, tokens, *packed.shape, g.tiles, g.cuts, g.cluster, *pieces(ahead, tokens))
+    kernel = _kernel(variant(packed, x_TI.dtype, tokens), device.index)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kernel.launch(g.blocks(packed), g.threads, stream, arguments, g.cluster if clusters else 1, clusters)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -71,6 +71,13 @@ DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+// From memory to the L2, at some time: whole 16-byte vectors, where the architecture can.
+DEVICE void fetch(const char* p, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+
 // --- order among threads ------------------------------------------------------------------------------------------
 
 DEVICE void block_barrier() { __syncthreads(); }

@@ -90,7 +90,7 @@ def pack(q: QTensor, gated: bool = False) -> Packed | None:
         return None  # NaN: what it means is not for a kernel to say
     weight = _pack_codes(_padded(codes_OI), codes)
     scales = _pack_scales(_padded(scale_OG).to(dtype), _padded(zero_OG), group, zeros)
-    arrived = torch.zeros(-(-rows // (8 * TILE)), dtype=torch.int32, device=q.codes.device)
+    arrived = torch.zeros(-(-rows // TILE), dtype=torch.int32, device=q.codes.device)
     if weight.is_cuda and torch.cuda.is_available():
         torch.cuda.synchronize(weight.device)  # `decode.cuh` reads weights without waiting for the kernel before
     return Packed(weight, scales, arrived, q.shape, codes, dtype, group, zeros, q.grid.middle, gated)

@@ -8,6 +8,7 @@ Legend: T tokens (any leading dimensions), I input columns, O output channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,15 @@ from infopt.kernels.operators import tile_linear
 from infopt.qtensor import QTensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class CudaLinear:
-    """A weight ready for use. fp16 and bf16 activations are multiplied as they are, others rounded to bf16."""
+    """A weight ready for use. fp16 and bf16 activations are multiplied as they are, others rounded to bf16.
+
+    ahead: the packed weight that is multiplied with next, where that is known: a few tokens' kernel brings a part of it nearer.
+    """
 
     packed: Packed
+    ahead: Tensor | None = None
 
     @classmethod
     def of(cls, q: QTensor, gated: bool = False) -> CudaLinear | None:
@@ -55,14 +60,21 @@ class CudaLinear:
         if p.gated and bias_O is not None:
             bias_O = bias_O[gated_order(len(bias_O)).to(bias_O.device)]
         parts = (p.weight, p.scales, p.arrived, p.shape, p.codes, p.scale_dtype, p.group, p.zeros, p.zero)
-        y_TO = tile_linear(flat_TI, *parts, bias_O, p.gated)
+        y_TO = tile_linear(flat_TI, *parts, bias_O, p.gated, self.ahead)
         return y_TO.to(x_TI.dtype).reshape(*x_TI.shape[:-1], y_TO.shape[-1])
 
 
-def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+def follow(linears: Sequence[object]) -> None:
+    """Tell each of these, in a circle, which comes after it."""
+    for one, after in zip(linears, [*linears[1:], *linears[:1]], strict=True):
+        if isinstance(one, CudaLinear) and isinstance(after, CudaLinear):
+            one.ahead = after.packed.weight
+
+
+def multiply(packed: Packed, x_TI: Tensor, bias_O: Tensor | None, ahead: Tensor | None) -> Tensor:
     """What the operator does on a GPU."""
     if len(x_TI) <= decode.MOST_TOKENS:
-        return decode.multiply(packed, x_TI, bias_O)
+        return decode.multiply(packed, x_TI, bias_O, ahead=ahead)
     bias = None if bias_O is None else bias_O.to(x_TI.dtype)
     if not packed.gated:
         return F.linear(x_TI, dense(packed, x_TI.dtype), bias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infopt.kernels.cuda import decode, dense
+from infopt.kernels.cuda.decode import Geometry
 from infopt.kernels.cuda.layout import Packed
 
 HERE = Path(__file__).parent
@@ -27,10 +28,10 @@ template <typename V>
 void write_out(const void* d) {{ dequantize<V>(*(const Dequantize*)d); }}
 static const Body bodies[] = {{{bodies}}};
 extern "C" const char* run(
-    int which, const void* d, int blocks, int cluster, u32 seed, const emulator::Buffer* known, int n) {{
+    int which, const void* d, int blocks, int threads, int cluster, u32 seed, const emulator::Buffer* known, int n) {{
   emulator::buffers = known;
   emulator::buffer_count = n;
-  return emulator::launch(blocks, THREADS, cluster, seed, bodies[which], d);
+  return emulator::launch(blocks, threads, cluster, seed, bodies[which], d);
 }}
 """
 
@@ -69,17 +70,20 @@ class Emulator:
         return Emulator(loaded, bodies, clusters)
 
     def multiply(
-        self, packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, *, parts: int = 1, seed: int = 0
+        self, packed: Packed, x_TI: Tensor, bias_O: Tensor | None = None, *, geometry: Geometry, seed: int = 0
     ) -> Tensor:
-        """What `decode.multiply` does on a GPU. All that the kernel is to write is NaN before."""
+        """What `decode.launch` does on a GPU. All that the kernel is to write is NaN before; what it fetches ahead is its own
+        weight again."""
         tokens, (rows, columns) = len(x_TI), packed.shape
         y = torch.full((tokens, rows // 2 if packed.gated else rows), torch.nan, dtype=x_TI.dtype)
-        partial = torch.full((0 if self.clusters else decode.partial_sums(packed, parts, tokens),), torch.nan)
+        partial = torch.full((0 if self.clusters else decode.partial_sums(packed, geometry, tokens),), torch.nan)
         buffers = [packed.weight, packed.scales, x_TI, bias_O, y, partial, packed.arrived]
-        pointers = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
+        pointers = [None if buffer is None else buffer.data_ptr() for buffer in (*buffers, packed.weight)]
+        shape = (geometry.tiles, geometry.cuts, geometry.cluster)
         body = f"multiply<{decode.variant(packed, x_TI.dtype, tokens)}>"
-        arguments = decode.Arguments(*pointers, tokens, rows, columns, parts)
-        self._run(body, arguments, buffers, decode.rows_of_blocks(packed) * parts, parts, seed)
+        arguments = decode.Arguments(*pointers, tokens, rows, columns, *shape, *decode.pieces(packed.weight, tokens))
+        blocks = (geometry.blocks(packed), geometry.threads, geometry.cluster)
+        self._run(body, arguments, buffers, blocks, seed)
         return y
 
     def dense(self, packed: Packed, dtype: torch.dtype, blocks: int = 2) -> Tensor:
@@ -87,14 +91,15 @@ class Emulator:
         w_OI = torch.full(packed.shape, torch.nan, dtype=dtype)
         buffers = [packed.weight, packed.scales, w_OI]
         arguments = dense.Arguments(*(buffer.data_ptr() for buffer in buffers), *packed.shape)
-        self._run(f"write_out<{decode.variant(packed, dtype, 1)}>", arguments, buffers, blocks, 1, 0)
+        self._run(f"write_out<{decode.variant(packed, dtype, 1)}>", arguments, buffers, (blocks, decode.THREADS, 1), 0)
         return w_OI
 
     def _run(
-        self, body: str, arguments: ctypes.Structure, buffers: Sequence[Tensor | None], blocks: int, cluster: int, seed: int
+        self, body: str, arguments: ctypes.Structure, buffers: Sequence[Tensor | None], shape: tuple[int, int, int], seed: int
     ) -> None:  # fmt: skip
+        """shape: blocks, threads of each, blocks of a cluster."""
         known = [_Buffer(part.data_ptr(), part.data_ptr() + part.nbytes) for part in buffers if part is not None]
         listed, number = (_Buffer * len(known))(*known), self.bodies.index(body)
-        fault = self.library.run(number, ctypes.byref(arguments), blocks, cluster, seed, listed, len(known))
+        fault = self.library.run(number, ctypes.byref(arguments), *shape, seed, listed, len(known))
         if fault:
             raise Fault(fault.decode())

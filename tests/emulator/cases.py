@@ -11,6 +11,7 @@ from torch import Tensor
 from infopt.grid import Grid
 from infopt.kernels import reference
 from infopt.kernels.cuda import decode
+from infopt.kernels.cuda.decode import Geometry
 from infopt.kernels.cuda.layout import Packed, gated_order, pack
 from infopt.qtensor import QTensor
 
@@ -39,7 +40,7 @@ class Case:
     columns: int
     grid: Grid
     dtype: torch.dtype = HALF
-    parts: int = 1  # of its columns, on the emulator; a GPU's size decides it there
+    blocks: tuple[int, int, int] = (1, 1, 1)  # see `Geometry`; on the emulator: a GPU's size decides it there
     gated: bool = False
     bias: bool = False
 
@@ -47,7 +48,12 @@ class Case:
         grid = self.grid
         words = [f"{grid.bits}{grid.kind[0]}", str(grid.group or grid.strategy), "sym" if grid.symmetric else "asym"]
         words += ["gated"] * self.gated + ["bias"] * self.bias
-        return f"{self.tokens}x{self.rows}x{self.columns}-{'-'.join(words)}-{str(self.dtype)[6:]}-{self.parts}"
+        words += [str(self.dtype)[6:], "x".join(map(str, self.blocks))]
+        return f"{self.tokens}x{self.rows}x{self.columns}-{'-'.join(words)}"
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(*self.blocks)
 
     @property
     def weight(self) -> QTensor:
@@ -88,22 +94,23 @@ class Case:
 
 W4, W8 = 4, 8
 CASES = (
-    # groups, zero points, types of scales and activations; parts of equal and other sizes, rows that end within a tile
-    Case(1, 128, 512, Grid(W4, 128, True, HALF), HALF, 1),
-    Case(5, 160, 512, Grid(W4, 128, False, HALF), HALF, 3, bias=True),
-    Case(8, 256, 384, Grid(W4, 64, True, BFLOAT), BFLOAT, 5),
-    Case(1, 128, 640, Grid(W4, 64, True, BFLOAT), HALF, 8),
-    Case(9, 256, 256, Grid(W4, 64, False, BFLOAT), BFLOAT, 3),
-    Case(3, 300, 256, Grid(W4, 32, False, BFLOAT), HALF, 4),
-    Case(17, 40, 256, Grid(W4, 32, True, SINGLE), BFLOAT, 2, bias=True),
-    Case(32, 128, 256, Grid(W4, None, False, HALF), HALF, 3),
-    Case(2, 96, 64, Grid(2, None, True, HALF), BFLOAT, 1),
+    # groups, zero points, types of scales and activations; parts of equal and other sizes, rows that end within a tile, tiles
+    # that a block has no rows for, blocks in clusters and alone
+    Case(1, 128, 512, Grid(W4, 128, True, HALF), HALF, (8, 1, 1)),
+    Case(5, 160, 512, Grid(W4, 128, False, HALF), HALF, (3, 2, 2), bias=True),
+    Case(8, 256, 384, Grid(W4, 64, True, BFLOAT), BFLOAT, (5, 1, 2)),
+    Case(1, 128, 640, Grid(W4, 64, True, BFLOAT), HALF, (2, 4, 2)),
+    Case(9, 256, 256, Grid(W4, 64, False, BFLOAT), BFLOAT, (2, 3, 1)),
+    Case(3, 300, 256, Grid(W4, 32, False, BFLOAT), HALF, (4, 2, 2)),
+    Case(15, 40, 256, Grid(W4, 32, True, SINGLE), BFLOAT, (1, 2, 1), bias=True),
+    Case(16, 128, 256, Grid(W4, None, False, HALF), HALF, (7, 1, 2)),
+    Case(2, 96, 64, Grid(2, None, True, HALF), BFLOAT),
     # 8 bits
-    Case(2, 128, 256, Grid(W8, None, True, HALF), HALF, 3, bias=True),
-    Case(7, 128, 256, Grid(W8, 128, False, BFLOAT), BFLOAT, 2),
-    Case(4, 128, 128, Grid(W8, 32, False, HALF), HALF, 2),
-    Case(16, 256, 256, Grid(W8, None, True, SINGLE, kind="float"), HALF, 3),
-    Case(6, 256, 256, Grid(W8, 128, True, SINGLE, kind="float", rows=128), BFLOAT, 2),
+    Case(2, 128, 256, Grid(W8, None, True, HALF), HALF, (2, 1, 2), bias=True),
+    Case(7, 128, 256, Grid(W8, 128, False, BFLOAT), BFLOAT, (4, 2, 1)),
+    Case(4, 128, 128, Grid(W8, 32, False, HALF), HALF, (1, 1, 2)),
+    Case(16, 256, 256, Grid(W8, None, True, SINGLE, kind="float"), HALF, (1, 2, 2)),
+    Case(6, 256, 256, Grid(W8, 128, True, SINGLE, kind="float", rows=128), BFLOAT, (3, 2, 1)),
     # a gate and its factor
-    Case(4, 256, 256, Grid(W4, 64, True, BFLOAT), BFLOAT, 3, gated=True, bias=True),
+    Case(4, 256, 256, Grid(W4, 64, True, BFLOAT), BFLOAT, (3, 2, 2), gated=True, bias=True),
 )

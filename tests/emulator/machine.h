@@ -305,6 +305,10 @@ inline void store(T* p, T value) {
   emulator::must_be_late();
   if (emulator::inside(p)) *p = value;
 }
+inline void fetch(const char* p, u32 bytes) {
+  if ((intptr_t)p % 16 || bytes % 16) emulator::failed("an unaligned fetch");
+  emulator::inside(p), emulator::inside(p + bytes - 1);
+}
 inline void wait_for_kernel_before() { emulator::fibers[emulator::current].may_read = true; }
 template <typename T, int COUNT>
 inline T* block_memory() {
