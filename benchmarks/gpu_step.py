@@ -1,6 +1,7 @@
 """A row of `gpu_check.py`: a decoding step of a model of the size of Llama 3 8B, in 4 bits beside the same in bf16.
 
-Weights are random, and four blocks' are read in turns: more than any cache holds, and less than the memory of a whole model.
+The head has 8 bits beside 4. Weights are random, and four blocks' are read in turns: more than any cache holds, and less
+than the memory of a whole model.
 
 Legend: B texts, K tokens of a text, C width, D channels of a head.
 """
@@ -22,6 +23,7 @@ from infopt.kernels import reference
 from infopt.kernels.cuda import decode as cuda_decode
 from infopt.kernels.cuda.layout import Packed, pack
 from infopt.kernels.pages import PAGE, Pages
+from infopt.runtime.head import Cuda, PackedHead
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ Multiply = Callable[[int, int, Tensor], Tensor]  # which block, which layer of i
 
 
 def _step(m: Model, multiply: Multiply, ops: Any, keys: Pages, values: Pages) -> list[Tensor]:
-    """One token of each text; ops: `add_rms_norm`, `rope_write`, `paged_decode`, `gated`. Weights are so random that each
-    layer's answer is scaled to the size of the stream."""
+    """One token of each text; ops: `add_rms_norm`, `rope_write`, `paged_decode`, `gated`, head. Weights are so random that
+    each layer's answer is scaled to the size of the stream."""
     t, (cos, sin) = m.texts, m.angles
     x = m.blocks[0][0].x_TI
     h = torch.zeros_like(x)
@@ -66,7 +68,7 @@ def _step(m: Model, multiply: Multiply, ops: Any, keys: Pages, values: Pages) ->
         x = multiply(block, 1, ops.attend(q, keys, values).flatten(1))
         y, h = ops.norm(x, h, m.weight_C)
         x = multiply(block, 3, ops.gated(lambda y=y, block=block: multiply(block, 2, y)))
-    return [F.linear(ops.norm(x, h, m.weight_C)[0].to(m.head.dtype), m.head)]
+    return [ops.head(ops.norm(x, h, m.weight_C)[0])]
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ class Ops:
     rope_write: Callable[..., Tensor]
     attend: Callable[[Tensor, Pages, Pages], Tensor]
     gated: Callable[[Callable[[], Tensor]], Tensor]  # of what a block's third layer gives
+    head: Callable[[Tensor], Tensor]
 
 
-def _triton_ops(t: Texts) -> Ops:
+def _triton_ops(m: Model) -> Ops:
     from infopt.kernels.triton import cache, decode, rows
 
+    t = m.texts
     pages, scaling = torch.full_like(t.lengths, t.tables.shape[1]), t.q_BHD.shape[2] ** -0.5
 
     def norm(x: Tensor, h: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +97,7 @@ def _triton_ops(t: Texts) -> Ops:
         ),
         lambda q, keys, values: decode.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
         lambda gate_up: rows.gated(gate_up(), "silu")[0],
+        lambda y: F.linear(y, m.head),
     )
 
 
@@ -102,7 +107,12 @@ def _w4_step(m: Model) -> Call:
         cloned(m.texts.keys),
         cloned(m.texts.values),
     )
-    ops = replace(_triton_ops(m.texts), gated=lambda gate_up: gate_up())  # the product's kernel does it
+    rough = Cuda.of(m.head)
+    if rough is None:
+        raise ValueError("a head that has no kernel")
+    ops = replace(  # the product's kernel does what a gate is for
+        _triton_ops(m), gated=lambda gate_up: gate_up(), head=PackedHead(m.head, None, rough)
+    )
     return lambda: _step(m, lambda block, i, y: cuda_decode.multiply(own[block][i], y), ops, keys, values)
 
 
@@ -115,7 +125,7 @@ def _gated(p: Problem) -> Packed:
 
 def _bf16_step(m: Model) -> Call:
     own = [[p.q.dequantize(BFLOAT) for p in block] for block in m.blocks]
-    keys, values, ops = cloned(m.texts.keys), cloned(m.texts.values), _triton_ops(m.texts)
+    keys, values, ops = cloned(m.texts.keys), cloned(m.texts.values), _triton_ops(m)
     return lambda: _step(m, lambda block, i, y: F.linear(y, own[block][i]), ops, keys, values)
 
 
@@ -131,21 +141,21 @@ def _step_reference(m: Model) -> list[Tensor]:
         ),
         lambda q, keys, values: reference.paged_decode(q, keys, values, t.tables, pages, t.lengths, scaling),
         lambda gate_up: reference.gated(gate_up(), "silu"),
+        lambda y: F.linear(y.float(), m.head.float()),
     )
     keys, values = cloned(t.keys), cloned(t.values)
-    wide = replace(m, head=m.head.float())
-    found = _step(wide, lambda block, i, y: F.linear(y.float(), own[block][i]).to(BFLOAT), ops, keys, values)
+    found = _step(m, lambda block, i, y: F.linear(y.float(), own[block][i]).to(BFLOAT), ops, keys, values)
     return [y.double() for y in found]
 
 
 def _step_bytes(m: Model, packed: bool) -> int:
     layer = sum(p.packed.nbytes if packed else 2 * p.q.codes.numel() for p in m.blocks[0])
-    return m.layers * (layer + cached(m.texts)) + m.head.nbytes
+    return m.layers * (layer + cached(m.texts)) + (m.head.numel() if packed else m.head.nbytes)
 
 
 STEP = (32, 4, 128256, 1024, HEADS, LAYERS["8B layer"])
 STEP_OP = Op(
-        "8B-decode-step", ("kernels/cuda/decode.cuh", *source("rows", "cache", "decode")),
+        "8B-decode-step", ("kernels/cuda/decode.cuh", *source("rows", "cache", "decode", "head")),
         tuple(Case("32 layers, 1024 tokens", b, STEP) for b in (1, 16)), BFLOAT, _model, _step_reference,
         Contender("infopt W4", _w4_step, lambda m: _step_bytes(m, True)),
         (Contender("the same in bf16", _bf16_step, lambda m: _step_bytes(m, False)),), no_flops,

@@ -31,10 +31,10 @@ from triton.runtime.jit import JITFunction
 from infopt.grid import Grid, Inputs
 from infopt.kernels.packing import Packed
 from infopt.kernels.pages import PAGE, Pages
-from infopt.kernels.triton import attention, cache, decode, gemm, rows, sampling, weight
+from infopt.kernels.triton import attention, cache, decode, gemm, head, rows, sampling, weight
 from infopt.kv_cache import CacheGrid
 
-MODULES = (attention, cache, decode, gemm, rows, sampling, weight)
+MODULES = (attention, cache, decode, gemm, head, rows, sampling, weight)
 #: bytes of shared memory of one block at most (CUDA C++ Programming Guide, technical specifications per capability)
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 BF16 = torch.bfloat16
@@ -140,6 +140,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     found["gemm.norm"] = lambda: gemm.norm_linear(
         meta(64, 768), meta(3072, 768), meta(3072, dtype=torch.float32), meta(3072, dtype=torch.float32), 1e-5, "gelu"
     )
+    for width in (2048, 4096):
+        found[f"head.{width}"] = lambda width=width: _head(width)
+    found["head.bias"] = lambda: _head(4096, meta(128256))
     found["sampling"] = lambda: sampling.draw(
         meta(8, 128256, dtype=torch.float32), meta(8, dtype=torch.float32), meta(8, dtype=torch.float32),
         meta(8, dtype=torch.int64), meta(8, dtype=torch.int64),
@@ -205,6 +208,11 @@ def _fp8(tokens: int, native: bool) -> Any:
     x, w = (meta(n, 4096, dtype=torch.float8_e4m3fn) for n in (tokens, 4096))
     scale = meta(*grid.scales(4096, 4096), dtype=torch.float32)
     return gemm.fp8_linear(x, meta(tokens, 32, dtype=torch.float32), w, scale, 128, None, BF16, native)
+
+
+def _head(width: int, bias: torch.Tensor | None = None) -> Any:
+    margin = meta(128256, dtype=torch.float32)
+    return head.rescore(meta(4, 128256), meta(4, width), meta(128256, width), margin, bias)
 
 
 # Compiling

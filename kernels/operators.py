@@ -265,6 +265,24 @@ def _(x, v, sums, bias, eps, act="none"):
     return x.new_empty(x.shape[0], v.shape[0])
 
 
+@custom_op("infopt::rescore", mutates_args=(), device_types="cpu")
+def rescore(rough: Tensor, x: Tensor, weight: Tensor, margin: Tensor, bias: Tensor | None = None) -> Tensor:
+    """logits fp32 [T, V] of rough ones, exact where they may be the largest; margin fp32 [V]."""
+    return reference.rescore(rough, x, weight, margin, bias)
+
+
+@rescore.register_kernel("cuda")
+def _(rough, x, weight, margin, bias=None):
+    from infopt.kernels.triton import head
+
+    return head.rescore(rough, x, weight, margin, bias)
+
+
+@rescore.register_fake
+def _(rough, x, weight, margin, bias=None):
+    return torch.empty_like(rough, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 # Attention
 
 

@@ -9,7 +9,7 @@ Nothing here is fast, and nothing here may be clever. Results are fp32 where not
 
 Legend: T tokens (any leading dimensions), I input columns, O output channels, C width, F width of a gated MLP, B texts,
 Q queries of a text, K tokens that they see, N tokens in any order, Hq heads of queries, H heads of keys, D channels of a
-head, R of them turned by rotary angles, P pages of a text.
+head, R of them turned by rotary angles, P pages of a text, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+ROUGH = 2.0**-8  # of a number that was rounded to 16 bits: twice what bf16 loses at most, for the sum before it too
 
 
 def linear(x_TI: Tensor, q: QTensor, bias_O: Tensor | None = None) -> Tensor:
@@ -84,6 +85,21 @@ def norm_linear(
     """act(layer_norm(x) W^T + b) [T, O]."""
     normed_TI = F.layer_norm(x_TI.float(), gamma_I.shape, gamma_I.float(), beta_I.float(), eps)
     return ACTIVATIONS[act](F.linear(normed_TI, w_OI.float(), bias_O.float()))
+
+
+def rescore(
+    rough_TV: Tensor, x_TC: Tensor, weight_VC: Tensor, margin_V: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
+    """logits [T, V] that are roughly known without the bias: exactly, where they may be the largest; else roughly.
+
+    A rough logit is off by margin_v |x|, for its weight was rounded, and by ROUGH of itself. So the largest exact logit, whose
+    upper bound is not below it, is not below the lower bound of any other: who passes that test is multiplied again. What
+    stays rough is below a lower bound, and so below an exact logit; or it is exact, as all are where x is 0."""
+    off_TV = margin_V * x_TC.float().norm(dim=1, keepdim=True) + rough_TV.float().abs() * ROUGH
+    rough_TV = rough_TV.float() if bias_V is None else rough_TV.float() + bias_V.float()
+    least_T1 = (rough_TV - off_TV).amax(1, keepdim=True)
+    exact_TV = F.linear(x_TC.float(), weight_VC.float(), None if bias_V is None else bias_V.float())
+    return torch.where((off_TV > 0) & (rough_TV + off_TV >= least_T1), exact_TV, rough_TV)
 
 
 # Attention

@@ -37,8 +37,8 @@ from infopt.runtime.block import PROOF_TOKENS, Angles, FusedBlock, try_fuse
 from infopt.runtime.decode import Decoder
 from infopt.runtime.decode import find as find_decoder
 from infopt.runtime.device import free_memory
-from infopt.runtime.gpu import GpuDecoder, HalfHead
-from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
+from infopt.runtime.gpu import GpuDecoder
+from infopt.runtime.head import HalfEmbedding, HalfHead, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import CacheChoice, RuntimeModel
 from infopt.runtime.paged import PagedCache, Request, Step, half_kinds
@@ -236,29 +236,20 @@ class Engine:
         runtime.load_block(i)
 
     def _pack_outer(self) -> None:
-        """The head in 8 bits with exact candidates, and the embedding in the 16 bits of the file; see `runtime/head.py`."""
+        """The head in 8 bits with exact candidates, on a GPU at least in the 16 bits of the file, and the embedding in these;
+        see `runtime/head.py`."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None or self.device.type != "cpu":
-            self._halve_outer(head, embedding)
+        if type(head) is not nn.Linear:
             return
         weight_VC = halved(head.weight.detach())
         tied = getattr(embedding, "weight", None) is head.weight
-        packed = pack_head(head, weight_VC)
-        if packed is None:
+        self._head = pack_head(head, weight_VC)
+        if self._head is None and self.device.type == "cpu":
             return
-        self._head = packed.eval()
-        self.model.set_output_embeddings(self._head)
+        self.model.set_output_embeddings((self._head or HalfHead(weight_VC, head.bias)).eval())
         if type(embedding) is nn.Embedding:
             self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
         release()
-
-    def _halve_outer(self, head: nn.Module | None, embedding: nn.Module) -> None:
-        """On a GPU: head and embedding in the 16 bits of the file."""
-        if type(head) is nn.Linear and type(embedding) is nn.Embedding:
-            weight_VC = halved(head.weight.detach())
-            tied = embedding.weight is head.weight
-            self.model.set_output_embeddings(HalfHead(weight_VC, head.bias))
-            self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
 
     @torch.inference_mode()
     def _find_decoder(self) -> None:

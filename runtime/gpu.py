@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infopt.kernels import operators, reference
@@ -38,19 +37,6 @@ TOLERANCE = 5e-2  # of bf16 against fp32 activations over a whole model, relativ
 TOKENS = 4
 Run = Callable[[], Tensor]
 Attend = Callable[[Tensor, Pages, Pages], Tensor]  # q [N, Hq, D] and the pages -> [N, Hq, D]
-
-
-class HalfHead(nn.Module):
-    """In place of a head's nn.Linear: fp32 logits of a weight in 16 bits."""
-
-    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight_VC, requires_grad=False)
-        self.bias_V = bias_V
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = F.linear(x.to(self.weight.dtype), self.weight).float()
-        return logits if self.bias_V is None else logits + self.bias_V
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
-"""The output head on a processor: all tokens roughly in 8 bits, the likely ones exactly.
+"""The output head: all tokens roughly in 8 bits, the likely ones exactly.
 
-For a small model the head is the largest matrix, and reading it is most of the time of a token. What matters of its
-answer is the top. So `packed` computes all logits with 8-bit weights (a scale per token of the vocabulary) and rounded
-activations, takes the `CANDIDATES` largest (our own kernel also the few that lie between), and computes those again from the
-stored weight in fp32. The most likely token, and a draw among so many or fewer, is that of the stored head. For a draw from
-all tokens (`fine`) what the activations lost is multiplied too, in a second pass.
+For a small model the head is the largest matrix, and reading it is most of the time of a token; for one of 8B parameters in 4
+bits it is a fifth. What matters of its answer is the top. So `packed` computes all logits with 8-bit weights (a scale per token
+of the vocabulary), and those that count again from the stored weight in fp32.
 
-The activations have 8 bits and a scale for 32 columns in our own kernel (`kernels/native.py`), and 7 bits and a scale per row
-in torch's dynamic one, which stands in where there is no compiler: of SmolLM2's distribution the KL divergence is then 2e-3
-without the second pass.
+A processor rounds activations too. It takes the `CANDIDATES` largest (our own kernel also the few that lie between): the most
+likely token, and a draw among so many or fewer, is that of the stored head. For a draw from all tokens (`fine`) what the
+activations lost is multiplied too, in a second pass. The activations have 8 bits and a scale for 32 columns in our own kernel
+(`kernels/native.py`), and 7 bits and a scale per row in torch's dynamic one, which stands in where there is no compiler: of
+SmolLM2's distribution the KL divergence is then 2e-3 without the second pass.
+
+A GPU leaves activations in bf16, and takes those that the rounding of weights may have put behind another: a handful, so the
+most likely token is that of the stored head; see `Cuda` and `reference.rescore`.
 
 The stored weight stays in the 16 bits that it has in the file where that loses nothing, which also halves the embedding
 that is tied to it.
@@ -21,23 +24,30 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infopt.grid import Grid
+from infopt.kernels import operators
+from infopt.kernels.cuda.decode import MOST_TOKENS
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.kernels.native import BLOCK, ROUNDED, Native, PackedWeight, native, rescore
 from infopt.qtensor import QTensor
 
 CANDIDATES = 128
 HEAD_GRID = Grid(8, None, True, torch.float32)
+#: Weights of a head that is packed on a GPU. Below, two more kernels take longer than half of the bytes; and the 8 bits lie
+#: beside the 16.
+LEAST_ON_GPU = 2**26
 _ROWS = 4096
 
 
 class PackedHead(nn.Module):
     """In place of a head's nn.Linear: logits [..., V] fp32 of hidden states [..., C]. weight_VC: as `halved` gives it.
 
-    rough: `Ours` or `Torchs`, all logits of x [T, C], roughly or, if `fine`, better."""
+    rough: `Ours`, `Torchs` or `Cuda`, of the same weight."""
 
-    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None, rough: Ours | Torchs) -> None:
+    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None, rough: Ours | Torchs | Cuda) -> None:
         super().__init__()
         self.weight_VC, self.bias_V, self._rough = weight_VC, bias_V, rough
         self.fine = False
@@ -53,11 +63,7 @@ class PackedHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        x_TC = x.reshape(-1, x.shape[-1]).float()
-        logits_TV = self._rough(x_TC, self.fine)
-        self._rough.rescore(self.weight_VC, x_TC, logits_TV)
-        if self.bias_V is not None:
-            logits_TV += self.bias_V
+        logits_TV = self._rough(x.reshape(-1, x.shape[-1]), self.weight_VC, self.bias_V, self.fine)
         return logits_TV.view(*x.shape[:-1], -1)
 
 
@@ -66,21 +72,20 @@ class Ours:
 
     kernel = "w8a8"
 
-    def __init__(self, codes_VC: Tensor, scale_V: Tensor, library: Native) -> None:
-        zero_V1 = torch.full((len(scale_V), 1), HEAD_GRID.middle, dtype=torch.uint8)
-        q = QTensor((codes_VC + HEAD_GRID.middle).to(torch.uint8), scale_V[:, None], zero_V1, HEAD_GRID)
+    def __init__(self, q: QTensor, library: Native) -> None:
         self._weight = PackedWeight(library, q)
 
     @staticmethod
     def library(columns: int) -> Native | None:
         return native() if columns % BLOCK == 0 else None
 
-    def __call__(self, x_TC: Tensor, fine: bool) -> Tensor:
+    def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
+        x_TC = x_TC.float().contiguous()
         logits_TV = self._weight.multiply(x_TC)
-        return logits_TV.add_(self._weight.multiply(x_TC - ROUNDED.round(x_TC))) if fine else logits_TV
-
-    def rescore(self, weight_VC: Tensor, x_TC: Tensor, logits_TV: Tensor) -> None:
-        rescore(self._weight.library, weight_VC, x_TC.contiguous(), CANDIDATES, logits_TV)
+        if fine:
+            logits_TV.add_(self._weight.multiply(x_TC - ROUNDED.round(x_TC)))
+        rescore(self._weight.library, weight_VC, x_TC, CANDIDATES, logits_TV)
+        return logits_TV if bias_V is None else logits_TV.add_(bias_V)
 
 
 class Torchs:
@@ -93,17 +98,18 @@ class Torchs:
 
     kernel = "quantized.linear_dynamic"
 
-    def __init__(self, codes_VC: Tensor, scale_V: Tensor) -> None:
+    def __init__(self, q: QTensor) -> None:
         self._ends_2 = torch.tensor([1.0, -1.0])
         self._scale, self._zero = torch._choose_qparams_per_tensor(self._ends_2, True)
-        zero_V = torch.zeros(len(scale_V), dtype=torch.int64)
-        wide_VC = nn.functional.pad(codes_VC, (0, 2)).to(torch.int8)
+        zero_V = torch.zeros(len(q.codes), dtype=torch.int64)
+        wide_VC = F.pad((q.codes ^ HEAD_GRID.middle).view(torch.int8), (0, 2))  # minus the middle
         with warnings.catch_warnings():  # torch announces that these operators may move to another package
             warnings.simplefilter("ignore")
-            quantized = torch._make_per_channel_quantized_tensor(wide_VC, scale_V.double(), zero_V, 0)
+            quantized = torch._make_per_channel_quantized_tensor(wide_VC, q.scale[:, 0].double(), zero_V, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
 
-    def __call__(self, x_TC: Tensor, fine: bool) -> Tensor:
+    def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
+        x_TC = x_TC.float()
         largest_T1 = x_TC.abs().amax(-1, keepdim=True).clamp_min(2.0**-40)
         rows_TC = torch.cat((x_TC / largest_T1, self._ends_2.expand(len(x_TC), 2)), dim=-1)
         logits_TV = torch.ops.quantized.linear_dynamic(rows_TC, self._packed, True)
@@ -113,29 +119,68 @@ class Torchs:
             # as large as the rows were, for the same scale; half a step is the most that is lost
             lost_TC = torch.cat((lost_TC[:, :-2] * (2 / self._scale), rows_TC[:, -2:]), dim=-1)
             logits_TV += torch.ops.quantized.linear_dynamic(lost_TC, self._packed, True) * (self._scale / 2)
-        return logits_TV.mul_(largest_T1)
-
-    def rescore(self, weight_VC: Tensor, x_TC: Tensor, logits_TV: Tensor) -> None:
+        logits_TV.mul_(largest_T1)
         ids_TK = logits_TV.topk(CANDIDATES, sorted=False).indices
         for ids_K, logits_V, x_C in zip(ids_TK.split(1), logits_TV.split(1), x_TC, strict=True):
             weight_KC = weight_VC.index_select(0, ids_K[0])  # several times faster than indexing
             logits_V.scatter_(1, ids_K, (weight_KC.float() @ x_C)[None])
+        return logits_TV if bias_V is None else logits_TV.add_(bias_V)
+
+
+class Cuda:
+    """The logits on a GPU; x is rounded to bf16, so there is nothing that `fine` could add.
+
+    Rounding put each weight off by at most half a scale, and where in that range is as good as random: a logit is off by a
+    sum whose standard deviation is scale |x| / sqrt(12). A sum of uniform numbers is beyond six of these with a probability
+    below 2 exp(-18), once in 3e7 logits, and the few near the top are all that it could matter for.
+    """
+
+    def __init__(self, linear: CudaLinear, q: QTensor) -> None:
+        self._linear, self._margin_V = linear, q.scale[:, 0] * (6 / 12**0.5)
+
+    @classmethod
+    def of(cls, weight_VC: Tensor) -> Cuda | None:
+        """None where the kernel does not read such a weight."""
+        q = _rounded(weight_VC)
+        linear = CudaLinear.of(q)
+        return None if linear is None else cls(linear, q)
+
+    @property
+    def kernel(self) -> str:
+        return self._linear.kernel
+
+    def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
+        if len(x_TC) > MOST_TOKENS:  # for which the kernel would first write its weight out in 16 bits
+            return half_logits(x_TC, weight_VC, bias_V)
+        x_TC = x_TC.to(torch.bfloat16)
+        return operators.rescore(self._linear(x_TC), x_TC, weight_VC, self._margin_V, bias_V)
 
 
 def pack_head(head: nn.Module, weight_VC: Tensor, compiled: bool = True) -> PackedHead | None:
     """The packed form of a head, None where it is no plain linear layer, is small, or there is no kernel for it here.
     compiled: whether the C++ may be used."""
-    rows, columns = weight_VC.shape
-    library = Ours.library(columns) if compiled else None
-    if type(head) is not nn.Linear or rows <= CANDIDATES or not (library or _has_kernel()):
+    if type(head) is not nn.Linear:
         return None
-    scale_V, codes_VC = torch.empty(rows), torch.empty(rows, columns, dtype=torch.int16)
-    for some in torch.arange(rows).split(_ROWS):  # a part at a time, as it is wide in fp32
+    rough: Ours | Torchs | Cuda | None = None
+    if weight_VC.device.type != "cpu":
+        rough = Cuda.of(weight_VC) if weight_VC.numel() >= LEAST_ON_GPU else None
+    elif len(weight_VC) > CANDIDATES:
+        library = Ours.library(weight_VC.shape[1]) if compiled else None
+        if library or _has_kernel():
+            q = _rounded(weight_VC)
+            rough = Ours(q, library) if library else Torchs(q)
+    return None if rough is None else PackedHead(weight_VC, head.bias, rough)
+
+
+def _rounded(weight_VC: Tensor) -> QTensor:
+    scale_V1 = torch.empty(len(weight_VC), 1, device=weight_VC.device)
+    codes_VC = torch.empty_like(weight_VC, dtype=torch.uint8)
+    for first in range(0, len(weight_VC), _ROWS):  # a part at a time, as it is wide in fp32
+        some = slice(first, first + _ROWS)
         wide_VC = weight_VC[some].float()
-        scale_V[some] = (wide_VC.abs().amax(1) / 127).clamp_min(2.0**-40)
-        codes_VC[some] = (wide_VC / scale_V[some, None]).round_().clamp_(-127, 127).to(torch.int16)
-    rough = Ours(codes_VC, scale_V, library) if library else Torchs(codes_VC, scale_V)
-    return PackedHead(weight_VC, head.bias, rough)
+        scale_V1[some] = (wide_VC.abs().amax(1, keepdim=True) / 127).clamp_min(2.0**-40)
+        codes_VC[some] = (wide_VC / scale_V1[some]).round_().clamp_(-127, 127).add_(HEAD_GRID.middle).to(torch.uint8)
+    return QTensor(codes_VC, scale_V1, torch.full_like(scale_V1, HEAD_GRID.middle, dtype=torch.uint8), HEAD_GRID)
 
 
 def _has_kernel() -> bool:
@@ -167,3 +212,20 @@ class HalfEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight[ids].float()
+
+
+class HalfHead(nn.Module):
+    """In place of a head's nn.Linear: fp32 logits of a weight in 16 bits."""
+
+    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_VC, requires_grad=False)
+        self.bias_V = bias_V
+
+    def forward(self, x: Tensor) -> Tensor:
+        return half_logits(x, self.weight, self.bias_V)
+
+
+def half_logits(x: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = F.linear(x.to(weight_VC.dtype), weight_VC).float()
+    return logits if bias_V is None else logits + bias_V

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from infopt.errors import InfoptError, OutOfResources, Unsupported
+from infopt.runtime import head
 from infopt.runtime.device import device_errors, find_device
 from infopt.runtime.engine import Engine, KVCache
 from infopt.runtime.gpu import GpuDecoder, proven
@@ -74,6 +75,22 @@ def test_the_whole_model_runs_by_the_kernels_for_gpus(cache: KVCache, most: floa
     places = plain.cache(16)
     wanted_V = plain.prefill(places, places.admit(16), asked[1])
     assert ((found_V - wanted_V).norm() / wanted_V.norm()).item() < most
+
+
+def test_a_large_head_is_packed_there_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, and one byte is read for each of its weights."""
+    engines, found = [], []
+    with pretended():
+        for least in (head.LEAST_ON_GPU, 0):
+            monkeypatch.setattr(head, "LEAST_ON_GPU", least)
+            engines.append(engine := Engine(folder, "packed", device="cuda", capture=again))
+            assert isinstance(engine.decoder, GpuDecoder)
+            found.append(written(engine, prompts(3, 7, 5)))
+    assert found[0] == found[1]
+    halved, packed = (engine.model.get_output_embeddings() for engine in engines)
+    assert isinstance(halved, head.HalfHead) and isinstance(packed, head.PackedHead)
+    assert engines[1].kernels["cuda-int8"] == 1
+    assert engines[0].weight_bytes[1] - engines[1].weight_bytes[1] == halved.weight.nbytes - halved.weight.numel()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -13,6 +13,7 @@ from infopt.kernels.cuda.dense import dense
 from infopt.kernels.cuda.layout import Packed, pack
 from infopt.kernels.cuda.linear import CudaLinear
 from infopt.qtensor import QTensor
+from infopt.runtime.head import Cuda, PackedHead
 
 from .emulator.cases import BFLOAT, CASES, HALF, LIMITS, Case, random_weight
 
@@ -107,3 +108,23 @@ def test_a_gate_and_its_factor_are_one_product(tokens) -> None:
     gate, up = reference.linear(x, q, bias).double().chunk(2, dim=-1)
     want = torch.nn.functional.silu(gate) * up
     assert (linear(x.to(DEVICE), bias.to(DEVICE)).cpu().double() - want).norm() / want.norm() < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 32, 33])
+def test_the_most_likely_token_is_that_of_the_stored_head(tokens) -> None:
+    """Of a vocabulary with close neighbours, among which 8 bits alone do not find it; alone and in a batch."""
+    weight_VC = torch.randn(20001, 4096, device=DEVICE)
+    weight_VC[10000:20000] = weight_VC[:10000] + 0.01 * torch.randn(10000, 4096, device=DEVICE)
+    weight_VC, x_TC = weight_VC.to(BFLOAT), torch.randn(tokens, 4096, device=DEVICE).to(BFLOAT)
+    bias_V = torch.randn(20001, device=DEVICE)
+    rough = Cuda.of(weight_VC)
+    assert rough is not None
+    head = PackedHead(weight_VC, bias_V, rough)
+    found_TV = head(x_TC)
+    want_TV = x_TC.double() @ weight_VC.double().T + bias_V.double()
+    assert found_TV.dtype == torch.float32
+    assert (found_TV - want_TV).norm() / want_TV.norm() < 2e-2
+    assert torch.equal(found_TV, head(x_TC))
+    if tokens <= decode.MOST_TOKENS:
+        assert torch.equal(found_TV.argmax(1), want_TV.argmax(1))
+        assert torch.equal(found_TV[:1], head(x_TC[:1]))

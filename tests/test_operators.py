@@ -73,6 +73,7 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (operators.fp8_linear, (FP8_CODES, FP8_SCALE, FP8_W, FP8_W_SCALE, 1, None, torch.float32)),
     (operators.norm_linear, (X, random(32, 64), random(32), W[:32], 1e-5, "gelu")),
     (operators.norm_linear, (X, random(32, 64), None, W[:32], 1e-5)),
+    (operators.rescore, (random(3, 32).bfloat16(), X.bfloat16(), random(32, 64).bfloat16(), random(32).abs(), W[:32])),
     (
         operators.rope_write,
         (random(3, 8, 16), random(3, 16), random(3, 16), W[:16], W[16:32], 1e-5, torch.tensor([5, 1, 40]),

@@ -16,6 +16,7 @@ PROGRAM = Path(__file__).parent.parent / "benchmarks" / "triton_static.py"
 REGISTERS = {
     "_add_rms_norm": 140, "_gated": 64, "_rope_write": 56, "_decode": 255, "_merge": 48, "_attention": 255,
     "_multiply": 255, "_dequantize": 48, "_int8_linear": 128, "_fp8_linear": 255, "_norm_linear": 160, "_best": 64,
+    "_lowest": 62, "_rescore": 99,
 }  # fmt: skip
 
 
