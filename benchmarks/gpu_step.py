@@ -113,7 +113,13 @@ def _w4_step(m: Model) -> Call:
     ops = replace(  # the product's kernel does what a gate is for
         _triton_ops(m), gated=lambda gate_up: gate_up(), head=PackedHead(m.head, None, rough)
     )
-    return lambda: _step(m, lambda block, i, y: cuda_decode.multiply(own[block][i], y), ops, keys, values)
+    after = [packed.weight for block in own for packed in block]
+    after = after[1:] + after[:1]
+
+    def multiply(block: int, i: int, y: Tensor) -> Tensor:
+        return cuda_decode.multiply(own[block][i], y, ahead=after[4 * block + i])
+
+    return lambda: _step(m, multiply, ops, keys, values)
 
 
 def _gated(p: Problem) -> Packed:
@@ -155,7 +161,7 @@ def _step_bytes(m: Model, packed: bool) -> int:
 
 STEP = (32, 4, 128256, 1024, HEADS, LAYERS["8B layer"])
 STEP_OP = Op(
-        "8B-decode-step", ("kernels/cuda/decode.cuh", *source("rows", "cache", "decode", "head")),
+        "8B-decode-step", ("kernels/cuda/decode.cuh", "kernels/cuda/decode.py", *source("rows", "cache", "decode", "head")),
         tuple(Case("32 layers, 1024 tokens", b, STEP) for b in (1, 16)), BFLOAT, _model, _step_reference,
         Contender("infopt W4", _w4_step, lambda m: _step_bytes(m, True)),
         (Contender("the same in bf16", _bf16_step, lambda m: _step_bytes(m, False)),), no_flops,

@@ -61,6 +61,11 @@ class PackedHead(nn.Module):
     def kernel(self) -> str:
         return self._rough.kernel
 
+    @property
+    def linear(self) -> CudaLinear | None:
+        """What a GPU multiplies with."""
+        return self._rough.linear if isinstance(self._rough, Cuda) else None
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         logits_TV = self._rough(x.reshape(-1, x.shape[-1]), self.weight_VC, self.bias_V, self.fine)
@@ -136,7 +141,7 @@ class Cuda:
     """
 
     def __init__(self, linear: CudaLinear, q: QTensor) -> None:
-        self._linear, self._margin_V = linear, q.scale[:, 0] * (6 / 12**0.5)
+        self.linear, self._margin_V = linear, q.scale[:, 0] * (6 / 12**0.5)
 
     @classmethod
     def of(cls, weight_VC: Tensor) -> Cuda | None:
@@ -147,13 +152,13 @@ class Cuda:
 
     @property
     def kernel(self) -> str:
-        return self._linear.kernel
+        return self.linear.kernel
 
     def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
         if len(x_TC) > MOST_TOKENS:  # for which the kernel would first write its weight out in 16 bits
             return half_logits(x_TC, weight_VC, bias_V)
         x_TC = x_TC.to(torch.bfloat16)
-        return operators.rescore(self._linear(x_TC), x_TC, weight_VC, self._margin_V, bias_V)
+        return operators.rescore(self.linear(x_TC), x_TC, weight_VC, self._margin_V, bias_V)
 
 
 def pack_head(head: nn.Module, weight_VC: Tensor, compiled: bool = True) -> PackedHead | None:

@@ -7,7 +7,7 @@ import torch
 
 from infopt.grid import Grid
 from infopt.kernels import reference
-from infopt.kernels.cuda.linear import CudaLinear
+from infopt.kernels.cuda.linear import CudaLinear, follow
 
 from .emulator.cases import BFLOAT, HALF, LIMITS, random_weight
 
@@ -24,6 +24,19 @@ def test_many_tokens_meet_the_weight_written_out(grid, dtype) -> None:
     y, want = prepared(x, bias), reference.linear(x, q, bias)
     assert (y.dtype, y.shape) == (dtype, want.shape)
     assert (y.double() - want.double()).norm() / want.double().norm() < LIMITS[BFLOAT if dtype != HALF else HALF]
+
+
+def test_each_weight_is_told_which_comes_next() -> None:
+    one, two, three = (CudaLinear.of(random_weight(16, 64, Grid(4, 64), seed)) for seed in range(3))
+    assert one is not None
+    assert two is not None
+    assert three is not None
+    follow([one, two, None, three])
+    assert one.ahead is two.packed.weight
+    assert two.ahead is None  # something else comes between
+    assert three.ahead is one.packed.weight
+    x = torch.randn(2, 64)
+    assert torch.equal(one(x), CudaLinear(one.packed)(x))
 
 
 def test_what_the_kernel_does_not_read_is_left_to_others() -> None:

@@ -68,6 +68,22 @@ def test_a_token_gets_the_same_bits_alone_and_in_a_batch(shape, grid) -> None:
         assert torch.equal(multiply(packed, x_TI[:tokens]), together[:tokens])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 32])
+def test_what_comes_next_changes_no_result(shape, tokens) -> None:
+    first, after = (pack(on_gpu(random_weight(*shape, Grid(4, 64, False, HALF), seed))) for seed in (0, 1))
+    assert first is not None
+    assert after is not None
+    x_TI = torch.randn(tokens, shape[1], device=DEVICE).to(BFLOAT)
+    alone = multiply(first, x_TI), multiply(after, x_TI)
+    for _ in range(3):
+        together = (
+            decode.multiply(first, x_TI, ahead=after.weight),
+            decode.multiply(after, x_TI, ahead=first.weight),
+        )
+        assert all(map(torch.equal, together, alone))
+
+
 def test_a_captured_graph_gives_the_same(tokens: int = 4) -> None:
     case = Case(tokens, 512, 1024, Grid(4, 128, True, HALF), HALF)
     packed = pack(on_gpu(case.weight))

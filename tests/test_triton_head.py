@@ -95,7 +95,7 @@ def test_the_packed_head_of_a_gpu_has_the_most_likely_token_of_the_stored_one(dt
     wanted = x_BTC.bfloat16().float() @ weight_VC.float().T + (bias_V if biased else 0)
     assert found.shape == wanted.shape and found.dtype == torch.float32
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
-    assert not torch.equal(rough._linear(x_BTC.bfloat16()).argmax(-1), wanted.argmax(-1))  # else this shows nothing
+    assert not torch.equal(rough.linear(x_BTC.bfloat16()).argmax(-1), wanted.argmax(-1))  # else this shows nothing
     assert packed.kernel == "cuda-int8" and packed.packed_bytes == weight_VC.numel()
     packed.fine = True
     assert torch.equal(packed(x_BTC), found)
