@@ -201,7 +201,7 @@ LAYERS = {
     "8B o": (OUT,),
     "8192x8192": ((8192, 8192),),
 }
-_SOURCES = (
+CUDA_SOURCES = (
     *(f"kernels/cuda/{name}.cuh" for name in ("device", "unpack", "decode", "dequantize")),
     "kernels/cuda/decode.py",
 )
@@ -209,7 +209,7 @@ _SOURCES = (
 
 def linear_op(
     name: str, grid: Grid, dtype: torch.dtype, labels: tuple[str, ...], tokens: tuple[int, ...],
-    anchors: tuple[Contender, ...], ours: Contender = OURS, sources: tuple[str, ...] = _SOURCES,
+    anchors: tuple[Contender, ...], ours: Contender = OURS, sources: tuple[str, ...] = CUDA_SOURCES,
 ) -> Op:  # fmt: skip
     return Op(
         name, sources, tuple(Case(label, t, LAYERS[label]) for t in tokens for label in labels), dtype,

@@ -8,13 +8,14 @@ Legend: B texts, K tokens of a text, C width, D channels of a head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_ops import BFLOAT, LAYERS, Call, Case, Contender, Op, Problem, problems_of
+from gpu_ops import BFLOAT, CUDA_SOURCES, LAYERS, Call, Case, Contender, Op, Problem, problems_of
 from gpu_triton_ops import EPS, HEADS, Texts, cached, cloned, no_flops, random, source, texts
 from torch import Tensor
 
@@ -113,11 +114,14 @@ def _w4_step(m: Model) -> Call:
     ops = replace(  # the product's kernel does what a gate is for
         _triton_ops(m), gated=lambda gate_up: gate_up(), head=PackedHead(m.head, None, rough)
     )
-    after = [packed.weight for block in own for packed in block]
-    after = after[1:] + after[:1]
+    order = [own[layer % len(own)][i].weight for layer in range(m.layers) for i in range(4)] + [
+        rough.linear.packed.weight
+    ]
+    rough.linear.ahead = order[0]
+    after = itertools.cycle(order[1:])  # as the engine has it
 
     def multiply(block: int, i: int, y: Tensor) -> Tensor:
-        return cuda_decode.multiply(own[block][i], y, ahead=after[4 * block + i])
+        return cuda_decode.multiply(own[block][i], y, ahead=next(after))
 
     return lambda: _step(m, multiply, ops, keys, values)
 
@@ -161,7 +165,7 @@ def _step_bytes(m: Model, packed: bool) -> int:
 
 STEP = (32, 4, 128256, 1024, HEADS, LAYERS["8B layer"])
 STEP_OP = Op(
-        "8B-decode-step", ("kernels/cuda/decode.cuh", "kernels/cuda/decode.py", *source("rows", "cache", "decode", "head")),
+        "8B-decode-step", (*CUDA_SOURCES, "runtime/head.py", *source("rows", "cache", "decode", "head")),
         tuple(Case("32 layers, 1024 tokens", b, STEP) for b in (1, 16)), BFLOAT, _model, _step_reference,
         Contender("infopt W4", _w4_step, lambda m: _step_bytes(m, True)),
         (Contender("the same in bf16", _bf16_step, lambda m: _step_bytes(m, False)),), no_flops,

@@ -259,7 +259,7 @@ class Stream:
                     del x
                 del answer
             if inputs:
-                stats[batch % LANES][waiting[batch]].add(*inputs, weight_T=self._weight(batch))
+                stats[batch % LANES][waiting[batch]].add(inputs[0], next(iter(inputs[1:]), None), self._weight(batch))
             del inputs
             for track in tracks:
                 held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])

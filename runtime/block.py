@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infopt import kernels
-from infopt.kernels.cpu import Precision, PreparedLinear
+from infopt.kernels.cpu import Precision
 from infopt.kernels.cuda.linear import CudaLinear
 from infopt.kernels.native import PackedWeight
 from infopt.kv_cache import with_cache
@@ -206,8 +206,7 @@ def join(block: nn.Module, names: Sequence[str], codes: Codes, precision: Precis
     whole = _one(found)
     if whole is not None:
         prepared = kernels.prepare(whole, precision)
-        weight = prepared.weight if isinstance(prepared, PreparedLinear) else None
-        weight = prepared if isinstance(prepared, CudaLinear) else weight
+        weight = prepared if isinstance(prepared, CudaLinear) else getattr(prepared, "weight", None)
         return Linear(lambda x: prepared(x, bias_O), prepared.nbytes, (prepared.kernel,), weight, bias_O)
     each = [join(block, [name], codes, precision) for name in names]
     ran = tuple(kernel for linear in each for kernel in linear.kernels)

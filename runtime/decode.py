@@ -108,8 +108,8 @@ class Decoder:
 
 
 def _struct(block: FusedBlock, kind: int) -> BlockStruct:
-    weights = [(linear.weight, linear.bias_O) for linear in block.linears]
-    linears = [weight.with_bias(bias_O) for weight, bias_O in weights if isinstance(weight, PackedWeight)]
+    pairs = [(linear.weight, linear.bias_O) for linear in block.linears]
+    linears = [weight.with_bias(bias_O) for weight, bias_O in pairs if isinstance(weight, PackedWeight)]
     if len(linears) < len(block.linears) or block.width % 8 or linears[2].rows != 2 * linears[3].columns:
         raise ValueError("a block with other weights")
     norms = [block.norm, block.mlp_norm, *(block.head_norms or (None, None))]

@@ -38,7 +38,7 @@ from infopt.runtime.decode import Decoder
 from infopt.runtime.decode import find as find_decoder
 from infopt.runtime.device import free_memory
 from infopt.runtime.gpu import GpuDecoder
-from infopt.runtime.head import HalfEmbedding, HalfHead, PackedHead, halved, pack_head
+from infopt.runtime.head import HalfEmbedding, PackedHead, halved, pack_head
 from infopt.runtime.linear import QuantLinear
 from infopt.runtime.model import CacheChoice, RuntimeModel
 from infopt.runtime.paged import PagedCache, Request, Step, half_kinds
@@ -236,17 +236,16 @@ class Engine:
         runtime.load_block(i)
 
     def _pack_outer(self) -> None:
-        """The head in 8 bits with exact candidates, on a GPU at least in the 16 bits of the file, and the embedding in these;
-        see `runtime/head.py`."""
+        """The head as `runtime/head.py` packs it, and the embedding in the 16 bits of the file."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         if type(head) is not nn.Linear:
             return
         weight_VC = halved(head.weight.detach())
         tied = getattr(embedding, "weight", None) is head.weight
         self._head = pack_head(head, weight_VC)
-        if self._head is None and self.device.type == "cpu":
+        if self._head is None:
             return
-        self.model.set_output_embeddings((self._head or HalfHead(weight_VC, head.bias)).eval())
+        self.model.set_output_embeddings(self._head.eval())
         if type(embedding) is nn.Embedding:
             self.model.set_input_embeddings(HalfEmbedding(weight_VC if tied else halved(embedding.weight.detach())))
         release()

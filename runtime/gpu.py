@@ -117,7 +117,11 @@ class GpuDecoder:
             model.get_output_embeddings(),
         )
         self._norm: Norm = rms_norm(base.norm)
-        follow([*(linear.weight for block in blocks for linear in block.linears), getattr(self._head, "linear", None)])
+        self._order = [
+            *(linear.weight for block in blocks for linear in block.linears),
+            getattr(self._head, "linear", None),
+        ]
+        follow(self._order)
         self._kinds, self._windows = kinds, list(dict.fromkeys(kind.window for kind in kinds))
         self._capture = capture or graph
         self._graphs: dict[tuple[int, ...], _Graph] = {}

@@ -10,8 +10,9 @@ activations lost is multiplied too, in a second pass. The activations have 8 bit
 (`kernels/native.py`), and 7 bits and a scale per row in torch's dynamic one, which stands in where there is no compiler: of
 SmolLM2's distribution the KL divergence is then 2e-3 without the second pass.
 
-A GPU leaves activations in bf16, and takes those that the rounding of weights may have put behind another: a handful, so the
-most likely token is that of the stored head; see `Cuda` and `reference.rescore`.
+A GPU leaves activations in bf16, and takes those that the rounding of weights may have put behind another, a handful: the
+most likely token is that of the stored head; see `Cuda` and `reference.rescore`. All others, which a draw may want, stay as 8
+bits and their rounding to bf16 have them. A smaller head is multiplied in the 16 bits that are stored (`Half`).
 
 The stored weight stays in the 16 bits that it has in the file where that loses nothing, which also halves the embedding
 that is tied to it.
@@ -22,11 +23,13 @@ Legend: T tokens, V vocabulary, C width, K candidates.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infopt.errors import Unsupported
 from infopt.grid import Grid
 from infopt.kernels import operators
 from infopt.kernels.cuda.decode import MOST_TOKENS
@@ -39,36 +42,38 @@ HEAD_GRID = Grid(8, None, True, torch.float32)
 #: Weights of a head that is packed on a GPU. Below, two more kernels take longer than half of the bytes; and the 8 bits lie
 #: beside the 16.
 LEAST_ON_GPU = 2**26
+#: Of 8 bits from 16, relative to all logits of random tokens.
+TOLERANCE = 5e-2
 _ROWS = 4096
 
 
 class PackedHead(nn.Module):
     """In place of a head's nn.Linear: logits [..., V] fp32 of hidden states [..., C]. weight_VC: as `halved` gives it.
 
-    rough: `Ours`, `Torchs` or `Cuda`, of the same weight."""
+    logits: how they are made of the same weight."""
 
-    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None, rough: Ours | Torchs | Cuda) -> None:
+    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None, logits: Ours | Torchs | Cuda | Half) -> None:
         super().__init__()
-        self.weight_VC, self.bias_V, self._rough = weight_VC, bias_V, rough
+        self.weight_VC, self.bias_V, self._logits = weight_VC, bias_V, logits
         self.fine = False
 
     @property
     def packed_bytes(self) -> int:
-        """What a token reads: 8 bits of everything."""
-        return self.weight_VC.numel()
+        """What a token reads: the 8 bits of everything, or what is stored."""
+        return self.weight_VC.nbytes if isinstance(self._logits, Half) else self.weight_VC.numel()
 
     @property
     def kernel(self) -> str:
-        return self._rough.kernel
+        return self._logits.kernel
 
     @property
     def linear(self) -> CudaLinear | None:
         """What a GPU multiplies with."""
-        return self._rough.linear if isinstance(self._rough, Cuda) else None
+        return self._logits.linear if isinstance(self._logits, Cuda) else None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        logits_TV = self._rough(x.reshape(-1, x.shape[-1]), self.weight_VC, self.bias_V, self.fine)
+        logits_TV = self._logits(x.reshape(-1, x.shape[-1]), self.weight_VC, self.bias_V, self.fine)
         return logits_TV.view(*x.shape[:-1], -1)
 
 
@@ -132,23 +137,44 @@ class Torchs:
         return logits_TV if bias_V is None else logits_TV.add_(bias_V)
 
 
-class Cuda:
-    """The logits on a GPU; x is rounded to bf16, so there is nothing that `fine` could add.
+class Half:
+    """The logits by torch's product in the 16 bits that are stored. What its rounding could have put before another is computed
+    again, so the most likely token does not depend on the batch."""
 
-    Rounding put each weight off by at most half a scale, and where in that range is as good as random: a logit is off by a
-    sum whose standard deviation is scale |x| / sqrt(12). A sum of uniform numbers is beyond six of these with a probability
-    below 2 exp(-18), once in 3e7 logits, and the few near the top are all that it could matter for.
+    def __init__(self, weight_VC: Tensor) -> None:
+        self.kernel = str(weight_VC.dtype).removeprefix("torch.")
+        self._margin_V = torch.zeros(len(weight_VC), device=weight_VC.device)
+
+    def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
+        x_TC = x_TC.to(weight_VC.dtype)
+        return operators.rescore(F.linear(x_TC, weight_VC), x_TC, weight_VC, self._margin_V, bias_V)
+
+
+class Cuda:
+    """The logits on a GPU, of a weight in 8 bits and x in bf16, rounded to bf16; `fine` changes nothing.
+
+    How far the rounding of a row put it off, e, is known. Scales by least squares leave nothing of e along the row, along
+    which an x with a large logit lies, and to what is left x is as good as random: a logit is off by a number whose standard
+    deviation is |e| |x| / sqrt(C), and by more than six of these once in 5e8. Where it is, the token may be another one.
     """
 
-    def __init__(self, linear: CudaLinear, q: QTensor) -> None:
-        self.linear, self._margin_V = linear, q.scale[:, 0] * (6 / 12**0.5)
+    def __init__(self, linear: CudaLinear, off_V: Tensor, half: Half) -> None:
+        self.linear, self._half = linear, half
+        self._margin_V = off_V * (6 / linear.packed.shape[1] ** 0.5)
 
     @classmethod
     def of(cls, weight_VC: Tensor) -> Cuda | None:
-        """None where the kernel does not read such a weight."""
-        q = _rounded(weight_VC)
-        linear = CudaLinear.of(q)
-        return None if linear is None else cls(linear, q)
+        """None where the kernel does not read such a weight, or, as a few tokens show, gives something else."""
+        q, off_V = _rounded(weight_VC)
+        linear, half = CudaLinear.of(q), Half(weight_VC)
+        if linear is None:
+            return None
+        made, generator = cls(linear, off_V, half), torch.Generator().manual_seed(0)
+        x_TC = torch.randn(4, weight_VC.shape[1], generator=generator).to(weight_VC.device)
+        wanted_TV = half(x_TC, weight_VC, None, False)
+        found = linear(x_TC.to(torch.bfloat16)), made(x_TC, weight_VC, None, False)
+        same = (bool((logits_TV - wanted_TV).norm() < TOLERANCE * wanted_TV.norm()) for logits_TV in found)
+        return made if all(same) else None
 
     @property
     def kernel(self) -> str:
@@ -156,36 +182,44 @@ class Cuda:
 
     def __call__(self, x_TC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, fine: bool) -> Tensor:
         if len(x_TC) > MOST_TOKENS:  # for which the kernel would first write its weight out in 16 bits
-            return half_logits(x_TC, weight_VC, bias_V)
+            return self._half(x_TC, weight_VC, bias_V, fine)
         x_TC = x_TC.to(torch.bfloat16)
         return operators.rescore(self.linear(x_TC), x_TC, weight_VC, self._margin_V, bias_V)
 
 
-def pack_head(head: nn.Module, weight_VC: Tensor, compiled: bool = True) -> PackedHead | None:
-    """The packed form of a head, None where it is no plain linear layer, is small, or there is no kernel for it here.
-    compiled: whether the C++ may be used."""
-    if type(head) is not nn.Linear:
-        return None
-    rough: Ours | Torchs | Cuda | None = None
+def pack_head(head: nn.Linear, weight_VC: Tensor, compiled: bool = True) -> PackedHead | None:
+    """The packed form of a head; on a processor None where it is small, or there is no kernel for it here. compiled: whether
+    the C++ may be used."""
+    logits: Ours | Torchs | Cuda | Half | None = None
     if weight_VC.device.type != "cpu":
-        rough = Cuda.of(weight_VC) if weight_VC.numel() >= LEAST_ON_GPU else None
+        with suppress(Unsupported):
+            logits = Cuda.of(weight_VC) if weight_VC.numel() >= LEAST_ON_GPU else None
+        logits = logits or Half(weight_VC)
     elif len(weight_VC) > CANDIDATES:
         library = Ours.library(weight_VC.shape[1]) if compiled else None
         if library or _has_kernel():
-            q = _rounded(weight_VC)
-            rough = Ours(q, library) if library else Torchs(q)
-    return None if rough is None else PackedHead(weight_VC, head.bias, rough)
+            q, _ = _rounded(weight_VC)
+            logits = Ours(q, library) if library else Torchs(q)
+    return None if logits is None else PackedHead(weight_VC, head.bias, logits)
 
 
-def _rounded(weight_VC: Tensor) -> QTensor:
-    scale_V1 = torch.empty(len(weight_VC), 1, device=weight_VC.device)
+def _rounded(weight_VC: Tensor) -> tuple[QTensor, Tensor]:
+    """(the weight in 8 bits, its scales by least squares; how far each row is off [V])."""
+    scale_V1, off_V = (torch.empty(shape, device=weight_VC.device) for shape in ((len(weight_VC), 1), len(weight_VC)))
     codes_VC = torch.empty_like(weight_VC, dtype=torch.uint8)
     for first in range(0, len(weight_VC), _ROWS):  # a part at a time, as it is wide in fp32
         some = slice(first, first + _ROWS)
         wide_VC = weight_VC[some].float()
-        scale_V1[some] = (wide_VC.abs().amax(1, keepdim=True) / 127).clamp_min(2.0**-40)
-        codes_VC[some] = (wide_VC / scale_V1[some]).round_().clamp_(-127, 127).add_(HEAD_GRID.middle).to(torch.uint8)
-    return QTensor(codes_VC, scale_V1, torch.full_like(scale_V1, HEAD_GRID.middle, dtype=torch.uint8), HEAD_GRID)
+        step_V1 = (wide_VC.abs().amax(1, keepdim=True) / 127).clamp_min(2.0**-40)
+        steps_VC = (wide_VC / step_V1).round_().clamp_(-127, 127)
+        scale_V1[some] = (wide_VC * steps_VC).sum(1, keepdim=True) / steps_VC.square().sum(1, keepdim=True).clamp_min_(
+            1.0
+        )
+        scale_V1[some] = scale_V1[some].clamp_min(2.0**-40)
+        off_V[some] = (wide_VC - steps_VC * scale_V1[some]).norm(dim=1)
+        codes_VC[some] = steps_VC.add_(HEAD_GRID.middle).to(torch.uint8)
+    zero_V1 = torch.full_like(scale_V1, HEAD_GRID.middle, dtype=torch.uint8)
+    return QTensor(codes_VC, scale_V1, zero_V1, HEAD_GRID), off_V
 
 
 def _has_kernel() -> bool:
@@ -217,20 +251,3 @@ class HalfEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight[ids].float()
-
-
-class HalfHead(nn.Module):
-    """In place of a head's nn.Linear: fp32 logits of a weight in 16 bits."""
-
-    def __init__(self, weight_VC: Tensor, bias_V: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight_VC, requires_grad=False)
-        self.bias_V = bias_V
-
-    def forward(self, x: Tensor) -> Tensor:
-        return half_logits(x, self.weight, self.bias_V)
-
-
-def half_logits(x: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits = F.linear(x.to(weight_VC.dtype), weight_VC).float()
-    return logits if bias_V is None else logits + bias_V

@@ -5,6 +5,8 @@ The mutations at the end plant a bug each and ask the same comparison to see it.
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from infopt.kernels.cuda.layout import ungated
 
 from .emulator.build import COMPILER, SOURCES, Emulator, Fault
 from .emulator.cases import BFLOAT, CASES, HALF, Case
+from .pretend import There, pretended
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++: the CUDA kernels were not emulated")
 
@@ -89,18 +92,50 @@ def test_a_block_fits_and_every_warp_has_columns(shape, processors) -> None:
     g = decode.geometry(tiles, units, processors)
     assert g.threads <= decode.THREADS
     assert g.parts <= units
+    assert -(-g.tiles // g.cluster) * g.parts <= number("SLOTS")  # sums that a block of a cluster has room for
     waves = -(-(-(-tiles // g.tiles) * g.cluster) // (2 * processors))
     assert waves == 1 or tiles * g.parts >= processors * 2 * decode.WARPS  # nobody waits while there is room
 
 
+def number(name: str) -> int:
+    found = re.findall(rf"constexpr int {name} = (\d+);", (SOURCES / "decode.cuh").read_text())
+    assert len(found) == 1
+    return int(found[0])
+
+
+def test_what_both_languages_know_is_the_same() -> None:
+    assert (number("WARPS"), number("CHUNK")) == (decode.WARPS, decode.CHUNK)
+    assert torch.empty(number("PIECE"), device="meta", dtype=torch.uint8).nbytes == decode._PIECE
+
+
+def test_more_tokens_than_a_launch_takes_are_several(monkeypatch) -> None:
+    launched = []
+    monkeypatch.setattr(decode, "launch", lambda *arguments: launched.append(arguments))
+    monkeypatch.setattr(decode, "_processors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pretended():
+        packed, after = (Case(32, 160, 512, Grid(4, 128, False, HALF)).packed() for _ in range(2))
+        packed = replace(packed, weight=There(packed.weight))
+        x_TI, bias_O = There(torch.randn(29, 512).half()), There(torch.randn(160).half())
+        y = decode.multiply(packed, x_TI, bias_O, ahead=after.weight)
+        assert y.shape == (29, 160)
+        assert [len(x) for _, x, *_ in launched] == [16, 13]
+        for start, (_, x, bias, part, ahead, g) in zip((0, 16), launched, strict=True):
+            assert x.data_ptr() == x_TI.data_ptr() + start * 1024
+            assert part.data_ptr() == y.data_ptr() + start * 320
+            assert torch.equal(bias.here, bias_O.here)
+            assert ahead is (after.weight if start else packed.weight)
+            assert g == launched[0][-1]
+
+
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_what_is_fetched_ahead_lies_within_the_weight(tokens) -> None:
-    for nbytes in (64, 1024, 5000, 9 << 20, (64 << 20) + 512):
+    for nbytes in (64, 1024, 5000, 8 << 20, (8 << 20) + 1024, 9 << 20, (64 << 20) + 512):
         count, stride = decode.pieces(torch.empty(nbytes, dtype=torch.uint8, device="meta"), tokens)
         assert (count - 1) * stride + 1024 <= nbytes or count == 0
-        assert count * 1024 <= 8 << 20
-        assert count * 1024 >= min(nbytes // 1024 * 1024, 2 << 20)
-    assert decode.pieces(None, tokens) == (0, 1024)
+        assert count * 1024 == min(nbytes // 1024 * 1024, (8 << 20) if tokens == 1 else (4 << 20))
+        assert stride % 16 == 0 and stride >= min(count, 1) * 1024
+    assert decode.pieces(None, tokens) == (0, 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

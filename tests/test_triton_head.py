@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from infopt.kernels import reference
+from infopt.kernels.cuda.linear import CudaLinear
 from infopt.kernels.triton import head
-from infopt.runtime.head import LEAST_ON_GPU, Cuda, PackedHead, half_logits, pack_head
+from infopt.runtime.head import LEAST_ON_GPU, Cuda, Half, PackedHead, _rounded, pack_head
 from tests.triton_tools import assert_caught, assert_close, planted, poisoned
 
 
@@ -101,14 +102,46 @@ def test_the_packed_head_of_a_gpu_has_the_most_likely_token_of_the_stored_one(dt
     assert torch.equal(packed(x_BTC), found)
 
 
-def test_more_tokens_than_the_kernel_takes_meet_the_stored_weight() -> None:
+@pytest.mark.parametrize("make", [Half, Cuda.of])
+def test_the_most_likely_token_does_not_depend_on_the_number_of_texts(make) -> None:
+    """More than 32 meet the stored weight in torch's product, which rounds logits to bf16: ties and wrong orders."""
     weight_VC, x_BTC, bias_V = close_rows(torch.bfloat16)
-    rough, many_TC = Cuda.of(weight_VC), x_BTC[0].repeat(9, 1)
-    assert rough is not None
-    assert torch.equal(PackedHead(weight_VC, bias_V, rough)(many_TC), half_logits(many_TC, weight_VC, bias_V))
+    many_TC = x_BTC.flatten(0, 1).repeat(9, 1)
+    found = PackedHead(weight_VC, bias_V, make(weight_VC))(many_TC)
+    wanted = many_TC.bfloat16().float() @ weight_VC.float().T + bias_V
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    assert not torch.equal((many_TC.bfloat16() @ weight_VC.T + bias_V).argmax(-1), wanted.argmax(-1))
 
 
-def test_a_small_head_on_a_gpu_and_one_without_a_kernel_are_not_packed() -> None:
-    assert pack_head(nn.Linear(64, 1000), torch.zeros(1000, 64, device="meta")) is None
-    assert LEAST_ON_GPU > 1000 * 64
+def test_rows_that_rounding_puts_off_along_themselves_keep_to_their_bound() -> None:
+    """Rows of seven values on each side, whose roundings to 8 bits all have the sign of the weight, and tokens along rows."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VC = torch.randint(-7, 8, (200, 4096), generator=generator).float()
+    towards_TC = weight_VC[:50] / weight_VC[:50].norm(dim=1, keepdim=True)
+    x_TC = 0.3 * towards_TC + torch.randn(50, 4096, generator=generator) / 64
+    q, off_V = _rounded(weight_VC)
+    plain_VC = (weight_VC / (7 / 127)).round() * (7 / 127)
+    bound_TV = off_V * 6 / 64 * x_TC.norm(dim=1, keepdim=True)
+    for rounded_VC, within in ((q.dequantize(), True), (plain_VC, False)):
+        assert bool(((x_TC @ (rounded_VC - weight_VC).T).abs() <= bound_TV).all()) is within
+
+
+def test_a_weight_that_8_bits_do_not_hold_stays_in_16() -> None:
+    weight_VC = 0.15 * torch.randint(-1, 2, (500, 1024), generator=torch.Generator().manual_seed(0)).float()
+    weight_VC[:, 0] = 13.0  # and 0.15 is one and a half of its 127 steps
+    assert Cuda.of(weight_VC.bfloat16()) is None
+
+
+def test_a_small_head_on_a_gpu_and_one_without_a_kernel_stay_in_16_bits(monkeypatch) -> None:
     assert Cuda.of(torch.ones(300, 96)) is None
+    weight_VC = torch.zeros(1000, 64, device="meta")
+    assert weight_VC.numel() < LEAST_ON_GPU
+    packed = pack_head(nn.Linear(64, 1000), weight_VC)
+    assert packed is not None
+    assert packed.kernel == "float32" and packed.packed_bytes == weight_VC.nbytes and packed.linear is None
+
+
+def test_a_kernel_that_gives_something_else_is_not_taken(monkeypatch) -> None:
+    weight_VC, *_ = close_rows(torch.bfloat16)
+    monkeypatch.setattr(CudaLinear, "__call__", lambda self, x: torch.zeros(len(x), 301, dtype=x.dtype))
+    assert Cuda.of(weight_VC) is None

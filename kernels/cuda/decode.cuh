@@ -168,8 +168,10 @@ struct Block {
 
   DEVICE void fetch_ahead() const {
     const int own = d.tiles * d.cuts, warps = gridDim.x * own;
-    for (int i = lane * warps + blockIdx.x * own + warp; i < d.pieces; i += 32 * warps)
-      fetch(d.ahead + (size_t)i * d.stride, PIECE);
+    for (int first = 0; first < d.pieces; first += 32 * warps) {  // all lanes as often: a barrier comes next
+      const int i = first + lane * warps + blockIdx.x * own + warp;
+      if (i < d.pieces) fetch(d.ahead + (size_t)i * d.stride, PIECE);
+    }
   }
 
   // One unit out of the ring: fragments of as many columns as share a scale, then the scale. x(j, n): what this lane

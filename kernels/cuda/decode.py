@@ -25,14 +25,13 @@ WARPS = 8  # of a block, at most
 THREADS = 32 * WARPS
 CLUSTERS = 90  # the first architecture whose blocks read each other's memory, and that begins a kernel early
 _AT_ONCE = 16  # tokens of a launch
-_BLOCKS_PER_PROCESSOR = 2  # as many as fit
+_BLOCKS_PER_PROCESSOR = 2  # as many of `WARPS` as fit
 _CLUSTER = 2  # blocks that share their rows; of more, a GPU does not hold as many as of these
 _START = 8  # units that a warp could have multiplied with while it begins and ends
 _PIECE = 1024  # bytes, as decode.cuh has it
-_AHEAD = {
-    1: 8 << 20,
-    2: 4 << 20,
-}  # bytes of the next weight, by eights of tokens: what memory gives while it would rest
+_VECTOR = 16  # bytes: where a piece may begin
+#: Bytes of the next weight, by eights of tokens: what memory gives while it would rest.
+_AHEAD = {1: 8 << 20, 2: 4 << 20}
 _ENTRY = """#include "device.cuh"
 #include "decode.cuh"
 extern "C" __global__ void __launch_bounds__(THREADS, {blocks}) kernel(const Decode d) {{ decode<{variant}>(d); }}
@@ -127,9 +126,9 @@ def geometry(tiles: int, units: int, processors: int) -> Geometry:
 
 def pieces(ahead: Tensor | None, tokens: int) -> tuple[int, int]:
     """(how many pieces of a weight are fetched ahead, bytes from one to the next): as evenly as may be."""
-    count = 0 if ahead is None else ahead.nbytes // _PIECE
-    stride = max(1, -(-count * _PIECE // _AHEAD[_eights(tokens)]))
-    return count // stride, stride * _PIECE
+    whole = 0 if ahead is None else ahead.nbytes // _PIECE
+    count = min(whole, _AHEAD[_eights(tokens)] // _PIECE)
+    return count, whole * _PIECE // max(count, 1) // _VECTOR * _VECTOR
 
 
 def partial_sums(packed: Packed, g: Geometry, tokens: int) -> int:
@@ -155,7 +154,8 @@ def multiply(
         g = geometry(_tiles(packed), columns // max(packed.group, CHUNK), _processors(x_TI.device.index))
         for first in range(0, tokens, _AT_ONCE):
             some = slice(first, first + _AT_ONCE)
-            launch(packed, x_TI[some], bias, y[some], ahead if first + _AT_ONCE >= tokens else None, g)
+            after = ahead if first + _AT_ONCE >= tokens else packed.weight
+            launch(packed, x_TI[some], bias, y[some], after, g)
     return y
 
 
@@ -164,7 +164,7 @@ def launch(packed: Packed, x_TI: Tensor, bias_O: Tensor | None, y: Tensor, ahead
     tokens, device = len(x_TI), x_TI.device
     clusters = architecture(device.index) >= CLUSTERS
     shared = g.parts > 1 and not clusters
-    partial = torch.empty(partial_sums(packed, g, tokens) if shared else 0, dtype=torch.float32, device=device)
+    partial = torch.empty(partial_sums(packed, g, tokens), dtype=torch.float32, device=device) if shared else None
     pointers = (packed.weight, packed.scales, x_TI, bias_O, y, partial, packed.arrived, ahead)
     addresses = (None if p is None else p.data_ptr() for p in pointers)
     arguments = Arguments(*addresses, tokens, *packed.shape, g.tiles, g.cuts, g.cluster, *pieces(ahead, tokens))

@@ -22,7 +22,7 @@ from infopt.kernels.operators import tile_linear
 from infopt.qtensor import QTensor
 
 
-@dataclass
+@dataclass(eq=False)
 class CudaLinear:
     """A weight ready for use. fp16 and bf16 activations are multiplied as they are, others rounded to bf16.
 

@@ -1,9 +1,11 @@
-"""The most likely tokens of an output head, exactly: which they may be is found among rough logits; see `reference.rescore`.
+"""The most likely tokens of an output head, from the stored weight: which they may be is found among rough logits; see
+`reference.rescore`.
 
 Two kernels, both of one slice of the vocabulary and one token per program. The first finds the largest lower bound of its
 slice. The second, which looks at those of all slices, writes every logit: as it roughly is, or, where its upper bound is not
 below all lower bounds, from the stored row, which is read whole. Usually these are a few rows of a hundred thousand, so a
-program takes them one by one; a sort for a fixed number of them would take longer than everything here.
+program takes them one by one; a sort for a fixed number of them would take longer than everything here. A head that tells all
+tokens apart by less than its rounding is read whole, for each text.
 
 Legend: T tokens, V vocabulary, C width, S slices.
 """

@@ -105,6 +105,7 @@ CASES = (
     Case(15, 40, 256, Grid(W4, 32, True, SINGLE), BFLOAT, (1, 2, 1), bias=True),
     Case(16, 128, 256, Grid(W4, None, False, HALF), HALF, (7, 1, 2)),
     Case(2, 96, 64, Grid(2, None, True, HALF), BFLOAT),
+    Case(11, 40, 1024, Grid(W4, 64, False, BFLOAT), BFLOAT, (1, 8, 2)),
     # 8 bits
     Case(2, 128, 256, Grid(W8, None, True, HALF), HALF, (2, 1, 2), bias=True),
     Case(7, 128, 256, Grid(W8, 128, False, BFLOAT), BFLOAT, (4, 2, 1)),
