@@ -109,7 +109,7 @@ def _activations(problems: list[Problem]) -> int:
     return sum(p.x_TI.nbytes + p.x_TI.itemsize * len(p.x_TI) * p.q.shape[0] for p in problems)
 
 
-def _cloned(packed: Packed) -> Packed:
+def cloned_weight(packed: Packed) -> Packed:
     own = replace(packed, weight=packed.weight.clone(), scales=packed.scales.clone(), arrived=packed.arrived.clone())
     if packed.weight.is_cuda:
         torch.cuda.synchronize()  # as `pack` does
@@ -121,7 +121,7 @@ class Decoding:
 
     def __init__(self, problems: list[Problem]) -> None:
         self.after: Tensor | None = None
-        self.weights = [_cloned(p.packed) for p in problems]
+        self.weights = [cloned_weight(p.packed) for p in problems]
         self._outs = [
             torch.full((len(p.x_TI), p.q.shape[0]), torch.nan, dtype=p.x_TI.dtype, device=p.x_TI.device)
             for p in problems
@@ -143,7 +143,7 @@ def link(calls: Sequence[Call]) -> None:
 
 def _prefill(problems: list[Problem]) -> Call:
     """As a prompt goes: the weight written out, then torch's product. Its memory is torch's own and cannot be NaN before."""
-    own = [(CudaLinear(_cloned(p.packed)), p.x_TI) for p in problems]
+    own = [(CudaLinear(cloned_weight(p.packed)), p.x_TI) for p in problems]
     return lambda: [linear(x_TI) for linear, x_TI in own]
 
 

@@ -72,7 +72,7 @@ def test_a_weight_can_be_used_again_and_in_other_blocks(emulator) -> None:
         assert case.agrees(emulator.multiply(packed, x_TI, bias, geometry=Geometry(*blocks)), case.want(x_TI, bias))
 
 
-#: Of Llama 3 8B and on 132 processors: what a sweep on an H100 found fastest.
+#: Of Llama 3 8B and on 132 processors: what was fastest on an H100 (`benchmarks/gpu_geometry.py`).
 FASTEST = {
     (28672, 4096): (7, 1, 1), (4096, 14336): (2, 4, 2), (4096, 4096): (2, 4, 2), (6144, 4096): (3, 2, 2),
     (8192, 8192): (4, 2, 2),

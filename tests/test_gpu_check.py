@@ -36,18 +36,20 @@ CEILINGS = {"read_bytes_per_s": 3e12, "copy_bytes_per_s": 3e12, "bf16_flops_per_
 BARE = """import runpy, sys
 for name in ("transformers", "pydantic", "typer", "safetensors", "tokenizers", "datasets", "rich", "gguf", "yaml"):
     sys.modules[name] = None
-sys.argv = ["gpu_check.py"]
-runpy.run_path("benchmarks/gpu_check.py", run_name="__main__")
+path, sys.argv = sys.argv[1], ["program"]
+runpy.run_path(path, run_name="__main__")
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_and_from_a_bare_checkout_it_says_that_it_did_not_run() -> None:
+@pytest.mark.parametrize("name", ["gpu_check", "gpu_geometry"])
+def test_without_a_gpu_and_from_a_bare_checkout_it_says_that_it_did_not_run(name) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" in path)}
     environment["PYTHONPATH"] += os.pathsep + sysconfig.get_path("purelib")
     done = subprocess.run(
-        [sys.executable, "-S", "-c", BARE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-S", "-c", BARE, f"benchmarks/{name}.py"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 4, done.stderr
     assert "not run" in done.stderr
     assert "Traceback" not in done.stderr
