@@ -14,6 +14,7 @@ Legend: O output rows, I input columns, G groups of columns, N tiles, R rows of 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from infopt.grid import Inputs
 from infopt.kernels import compiled
 from infopt.kernels.pages import Pages
+from infopt.kv_cache import Frame
 from infopt.qtensor import QTensor
 
 ROWS, BLOCK = 8, 32
@@ -64,27 +66,36 @@ class BlockStruct(ctypes.Structure):
 class TextStruct(ctypes.Structure):
     """`Text` in `cpp/block.cpp`."""
 
-    _fields_ = _fields(pointer="table", long="pages first position")
+    _fields_ = _fields(pointer="table sinks", long="pages first position")
 
 
 class HalfStruct(ctypes.Structure):
     """`Half` in `cpp/pages.h`."""
 
-    _fields_ = _fields(pointer="codes scale zero")
+    _fields_ = _fields(pointer="codes scale zero into back center")
 
 
 class PagesStruct(ctypes.Structure):
     """`Pages` in `cpp/pages.h`."""
 
-    _fields_ = (("k", HalfStruct), ("v", HalfStruct), *_fields(int="kind own"))
+    _fields_ = (("k", HalfStruct), ("v", HalfStruct), *_fields(int="kind own sinks layer"))
 
-    def __init__(self, k: Pages, v: Pages) -> None:
-        """Of a layer's pages, which have to live as long."""
+    def __init__(
+        self, pages: Sequence[Pages], frames: Sequence[Frame | None] = (None, None), sinks: int = 0, layer: int = 0
+    ) -> None:
+        """Of a layer's keys and values, which have to live as long."""
         self._tables: list[Tensor] = []
-        super().__init__(self._half(k), self._half(v), _KEPT.index(k.codes.dtype if k.grid is None else k.kind), k.own)
+        k, v = pages
+        halves = self._half(k, frames[0], of_queries=True), self._half(v, frames[1])
+        super().__init__(*halves, _KEPT.index(k.codes.dtype if k.grid is None else k.kind), k.own, sinks, layer)
 
-    def _half(self, pages: Pages) -> HalfStruct:
+    def _half(self, pages: Pages, frame: Frame | None, of_queries: bool = False) -> HalfStruct:
         parts = (pages.codes, pages.scale, pages.zero) if pages.own else (pages.codes, *self._spread(pages))
+        if frame is not None:
+            back_HDD = frame.back_HDD.mT if of_queries else frame.back_HDD
+            matrices = [part.contiguous() for part in (frame.into_HDD, back_HDD, frame.center_HD)]
+            self._tables += matrices
+            parts = *parts, *matrices
         return HalfStruct(*(None if part is None else part.data_ptr() for part in parts))
 
     def _spread(self, pages: Pages) -> tuple[Tensor | None, Tensor | None]:

@@ -36,6 +36,7 @@ TOKENS = 3
 PIECE = (
     64  # tokens of one call: more do not make a product faster, and what attention keeps for each grows with the text
 )
+WIDEST = 512  # channels of a head
 ONE = range(1)
 _ALL = slice(None)
 _ACTS = {0: nn.functional.silu, 1: lambda x: nn.functional.gelu(x, approximate="tanh")}
@@ -82,6 +83,8 @@ class Decoder:
         layers: slice = _ALL,
     ) -> None:
         """The hidden states after these blocks, in place."""
+        for request in step.requests if step.cache.sinks else ():
+            step.cache.sinks_of(request, self.blocks[0].heads[1], self.blocks[0].width)
         places = [place for window in self._windows for place in step.places(window, tokens)]
         texts = (TextStruct * len(places))(*(TextStruct(*place) for place in places))
         some = range(len(self.blocks))[layers]
@@ -94,8 +97,10 @@ class Decoder:
     def _pages(self, cache: PagedCache) -> ctypes.Array[PagesStruct]:
         """Those of all layers, the same for as long as the cache lives."""
         if cache not in self._known:
-            stores = zip(self.blocks, cache.stores, strict=True)
-            structs = [PagesStruct(*store.pages(block.heads[1], block.width)) for block, store in stores]
+            structs = []
+            for layer, (block, store) in enumerate(zip(self.blocks, cache.stores, strict=True)):
+                pages = store.pages(block.heads[1], block.width, cache.device)
+                structs.append(PagesStruct(pages, [store.half(which).frame for which in "kv"], cache.sinks, layer))
             self._known[cache] = (PagesStruct * len(structs))(*structs), structs
         return self._known[cache][0]
 
@@ -110,7 +115,12 @@ class Decoder:
 def _struct(block: FusedBlock, kind: int) -> BlockStruct:
     pairs = [(linear.weight, linear.bias_O) for linear in block.linears]
     linears = [weight.with_bias(bias_O) for weight, bias_O in pairs if isinstance(weight, PackedWeight)]
-    if len(linears) < len(block.linears) or block.width % 8 or linears[2].rows != 2 * linears[3].columns:
+    if (
+        len(linears) < len(block.linears)
+        or block.width % 8
+        or block.width > WIDEST
+        or linears[2].rows != 2 * linears[3].columns
+    ):
         raise ValueError("a block with other weights")
     norms = [block.norm, block.mlp_norm, *(block.head_norms or (None, None))]
     weights = (None if norm is None else _floats(norm).data_ptr() for norm in norms)

@@ -256,9 +256,11 @@ class Engine:
         `runtime/gpu.py`."""
         blocks = [module for module in self.model.modules() if isinstance(module, FusedBlock)]
         kinds = half_kinds(self.kinds)
-        if len(blocks) < len(kinds) or not all(kind.grid is None or kind.grid.plain for kind in kinds):
+        if len(blocks) < len(kinds):
             return
         if self.device.type != "cpu":
+            if not all(kind.grid is None or kind.grid.plain for kind in kinds):
+                return
             self.decoder = gpu.find(self.model, blocks, kinds, self.device, self._capture)
         elif library := native():
             self.decoder = find_decoder(self.model, blocks, kinds, library)

@@ -92,6 +92,12 @@ class PagedCache:
         """How many tokens at the start of a text are kept as they are."""
         return max((kind.grid.sinks for kind in self.kinds if kind.grid is not None), default=0)
 
+    def sinks_of(self, request: Request, heads: int, width: int) -> Tensor:
+        """Where a text's first tokens are kept."""
+        if request.sinks is None:
+            request.sinks = torch.zeros(len(self.stores), 2, self.sinks, heads, width, device=self.device)
+        return request.sinks
+
     @property
     def nbytes(self) -> int:
         """Bytes that are taken now, all pages of all layers."""
@@ -216,10 +222,8 @@ class Step(Cache):
             new = range(request.length, min(request.length + self.count, self.cache.sinks))
             for which, x_NHD in (("k", k_NHD), ("v", v_NHD)) if new else ():
                 y_NHD = store.half(which).enter(x_NHD[i * self.count : i * self.count + len(new)])
-                if request.sinks is None:
-                    shape = (len(self.cache.stores), 2, self.cache.sinks, *y_NHD.shape[1:])
-                    request.sinks = torch.zeros(shape, device=y_NHD.device)
-                request.sinks[layer, "kv".index(which), new.start : new.stop] = y_NHD
+                kept = self.cache.sinks_of(request, *y_NHD.shape[1:])
+                kept[layer, "kv".index(which), new.start : new.stop] = y_NHD
 
     def each(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Each request's own keys and values, [1, H, K of its own, D], without padding."""
@@ -229,13 +233,14 @@ class Step(Cache):
             k_KHD, v_KHD = halves
             yield k_KHD.transpose(0, 1)[None], v_KHD.transpose(0, 1)[None]
 
-    def places(self, window: int | None, tokens: range) -> Iterator[tuple[int, int, int, int]]:
-        """For the layers with this window, each request and these of its new tokens: its table's address and length, the first
-        token that this one sees, and its own place."""
+    def places(self, window: int | None, tokens: range) -> Iterator[tuple[int, int, int, int, int]]:
+        """For the layers with this window, each request and these of its new tokens: the addresses of its table and of its
+        first tokens, the table's length, the first token that this one sees, and its own place."""
         for request in self.requests:
-            address, pages = request.tables[window].data_ptr(), len(request.tables[window])
+            table, kept = request.tables[window], request.sinks
+            addresses = table.data_ptr(), 0 if kept is None else kept.data_ptr()
             for place in range(request.length + tokens.start, request.length + tokens.stop):
-                yield address, pages, 0 if window is None else max(0, place - window + 1), place
+                yield *addresses, len(table), 0 if window is None else max(0, place - window + 1), place
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.past

@@ -23,7 +23,7 @@ from infopt.kernels.compiled import compilers
 from infopt.kernels.compiled import library as compiled_library
 from infopt.kernels.native import ROUNDED, Native, PackedWeight, build, fits, native
 from infopt.kernels.pages import PAGE, Pages
-from infopt.kv_cache import CacheGrid, CacheScales
+from infopt.kv_cache import CacheGrid, CacheScales, Frame
 from infopt.runtime.block import FusedBlock
 from infopt.runtime.decode import Decoder, find
 from infopt.runtime.engine import Engine
@@ -187,15 +187,27 @@ CACHES: dict[str, CacheGrid | None] = {
     "int4 token with zero points": CacheGrid("int", 4, "token", False),
     "int4 channel with zero points": CacheGrid("int", 4, "channel", False),
 }
+BALANCED = {
+    "fp8 channel": CacheGrid("float", 8, "channel", balanced=True, sinks=1),
+    "int8 token": CacheGrid("int", 8, "token", balanced=True, sinks=3),
+    "int4 token with zero points": CacheGrid("int", 4, "token", False, balanced=True, sinks=1),
+    "int8 token, first tokens alone": CacheGrid("int", 8, "token", sinks=9),
+}
 
 
 def with_cache(engine: Engine, grid: CacheGrid | None, dtype: torch.dtype) -> Engine:
     """The same engine, with a cache that was not calibrated well: some values lie beyond its range."""
-    scales, other = None, copy(engine)
+    scales, other, generator = CacheScales(), copy(engine), torch.Generator().manual_seed(0)
     if grid is not None and grid.strategy != "token":
-        x_BHTD = torch.randn(1, *_shape(engine), 50, generator=torch.Generator().manual_seed(0)).transpose(2, 3) / 2
+        x_BHTD = torch.randn(1, *_shape(engine), 50, generator=generator).transpose(2, 3) / 2
         scale, zero = grid.range(x_BHTD)
         scales = CacheScales({"k": scale, "v": scale * 2}, {"k": zero, "v": zero})
+    if grid is not None and grid.balanced:
+        (heads, width), frames = _shape(engine), {}
+        for which in "kv":
+            mixed_HDD = torch.eye(width) + 0.3 * torch.randn(heads, width, width, generator=generator) / width**0.5
+            frames[which] = Frame(mixed_HDD, 0.2 * torch.randn(heads, width, generator=generator))
+        scales = replace(scales, frames=frames)
     other.kinds = [LayerKind(kind.window, grid, scales, dtype=dtype) for kind in engine.kinds]
     return other
 
@@ -252,6 +264,25 @@ def test_caches(name: str, engine: Engine, library: Native) -> None:
     assert look(engine.model, engine.decoder.blocks, other.kinds, library) is not None
     found = blocks_differ(other, library)
     assert found[len(found) // 2] < 1e-5 and found[-1] < 1e-2
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_caches_with_coordinates_and_first_tokens_of_their_own(name: str, engine: Engine, library: Native) -> None:
+    """They are read as the block reads them, the step is used, and a text's bits do not depend on how it is cut."""
+    other = with_cache(engine, BALANCED[name], torch.bfloat16)
+    assert isinstance(engine.decoder, Decoder)
+    look = torch.inference_mode()(find)
+    found = look(engine.model, engine.decoder.blocks, other.kinds, library)
+    assert found is not None
+    differences = blocks_differ(other, library)
+    assert differences[len(differences) // 2] < 1e-5 and differences[-1] < 1e-2
+    other.decoder, logits = found, []
+    for chunk in (1, 5, 40):
+        cache = other.cache(50, chunk=chunk)
+        request = cache.admit(50)
+        assert request is not None
+        logits.append(other.prefill(cache, request, prompts(40)[0]))
+    assert all(torch.equal(one_V, logits[0]) for one_V in logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -326,6 +357,16 @@ FAULTS = {
         "activate(y[2 * i + 1], block.act) * y[2 * i]",
     ),
     "tiles exchanged": ("linear.h", "load<Bytes>(one), load<Bytes>(two)", "load<Bytes>(two), load<Bytes>(one)"),
+    "keys of another head's coordinates": ("block.cpp", "half.into + size_t(head) *", "half.into + 0 *"),
+    "no center": (
+        "block.cpp",
+        "load<Floats>(x + d) - load<Floats>(half.center + head * width + d)",
+        "load<Floats>(x + d)",
+    ),
+    "queries as they are": ("block.cpp", "std::copy_n(turned, width, q);", ""),
+    "values in coordinates": ("block.cpp", "if (!values.back) return;", "return;"),
+    "first tokens rounded": ("attention.h", "if (position + j < pages.sinks)", "if (false)"),
+    "first tokens of another layer": ("attention.h", "(size_t(pages.layer) * 2 + which)", "(size_t(which))"),
     "channels left out": (
         "attention.h",
         "for (int d = 0; d < width; d += WIDTH",
@@ -359,7 +400,8 @@ def test_a_fault_shows(fault: str, engine: Engine, library: Native, tmp_path: Pa
     if name == "linear.h" and max(errors(faulty)) > 1e-4:
         return
     caches = ("int8 head", "int4 token with zero points") if name in ("pages.h", "attention.h") else ()
-    engines = [engine, *(with_cache(engine, CACHES[cache], torch.bfloat16) for cache in caches)]
+    grids = [*(CACHES[cache] for cache in caches), BALANCED["int8 token"]]
+    engines = [engine, *(with_cache(engine, grid, torch.bfloat16) for grid in grids)]
     kept = all(kept_as_pages_would(engine, faulty, cache) for cache in caches)
     assert not kept or max(blocks_differ(one, faulty)[-1] for one in engines) > 1e-4
 

@@ -19,6 +19,7 @@ struct Heads {  // of a block
 
 struct Text {  // one new token: where its text's keys and values are, for the layers of one kind
     const int64_t* table;  // pages, used as a ring
+    float* sinks;  // its first tokens' keys and values in all layers, not rounded, [layers][2][sinks][keys][width]
     int64_t pages, first, position;  // the first token that it sees, and its own place
 };
 }
@@ -30,6 +31,11 @@ constexpr int PART = 64, PAGE = 16;
 // Where a token of this text is
 inline int64_t slot_of(const Text& text, int64_t position) {
     return text.table[position / PAGE % text.pages] * PAGE + position % PAGE;
+}
+
+inline float* sink_of(const Text& text, const Pages& pages, const Heads& heads, int which, int64_t position, int head) {
+    const size_t token = (size_t(pages.layer) * 2 + which) * pages.sinks + position;
+    return text.sinks + (token * heads.keys + head) * heads.width;
 }
 
 int parts_of(const Text& text) { return int(text.position / PART - text.first / PART) + 1; }
@@ -96,9 +102,12 @@ struct Rows {
                 float* x = desk.wide[which] + position % PART * size;
                 eights[which][(position - low) / 8] = plain ? (const char*)half.codes + slot * bytes : (const char*)x;
                 for (int j = 0; !plain && position >= desk.end && j < 8; ++j)
-                    for (int h = some.first; h < some.last; ++h)
-                        WIDEN_ROW[pages.kind](half, pages.own, (slot + j) * heads.keys + h, h, heads.width,
-                                              x + j * size + h * heads.width);
+                    for (int h = some.first; h < some.last; ++h) {
+                        float* const to = x + j * size + h * heads.width;
+                        if (position + j < pages.sinks)
+                            std::copy_n(sink_of(text, pages, heads, which, position + j, h), heads.width, to);
+                        else WIDEN_ROW[pages.kind](half, pages.own, (slot + j) * heads.keys + h, h, heads.width, to);
+                    }
             }
         }
         desk.end = high / 8 * 8 + 8 > desk.end ? high / 8 * 8 + 8 : desk.end;

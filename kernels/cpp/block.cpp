@@ -52,6 +52,31 @@ void rotate(float* x, const float* cosine, const float* sine, int width) {
     for (int i = eights; i < half; ++i) turn(0.0f, i, half + i);
 }
 
+// Into the coordinates of a balanced cache, and out of them
+
+constexpr int WIDEST = 512;
+
+void enter(const Half& half, int head, int width, float* x) {
+    if (!half.into) return;
+    float moved[WIDEST];
+    for (int d = 0; d < width; d += 8) store(moved + d, load<Floats>(x + d) - load<Floats>(half.center + head * width + d));
+    times(moved, half.into + size_t(head) * width * width, width, x);
+}
+
+void meet(const Half& keys, int head, int width, float* q) {  // what the center adds is the same for all keys
+    if (!keys.back) return;
+    float turned[WIDEST];
+    times(q, keys.back + size_t(head) * width * width, width, turned);
+    std::copy_n(turned, width, q);
+}
+
+void leave(const Half& values, int head, int width, float* y) {
+    if (!values.back) return;
+    float x[WIDEST];
+    times(y, values.back + size_t(head) * width * width, width, x);
+    for (int d = 0; d < width; d += 8) store(y + d, load<Floats>(x + d) + load<Floats>(values.center + head * width + d));
+}
+
 struct Scratch {
     Rounded x;
     float *normed, *qkv, *attended, *gated, *parts, *desks;
@@ -96,7 +121,9 @@ void attention(const Team& team, const Block& block, const Pages& pages, const T
         for (int i = 0; i < b; ++i) before += parts_of(texts[i]);
         for (int q = 0; q < block.heads.queries; ++q) {
             const float* parts = s.parts + before * unit + size_t(q) * (width + 2);
-            merge(parts, parts_of(texts[b]), unit, width, s.attended + size_t(b) * out + q * width);
+            float* const y = s.attended + size_t(b) * out + q * width;
+            merge(parts, parts_of(texts[b]), unit, width, y);
+            leave(pages.half[1], q / (block.heads.queries / block.heads.keys), width, y);
         }
         round_token(s.attended + size_t(b) * out, out, block.o.span, b, s.x);
     });
@@ -116,10 +143,12 @@ void heads_of(const Team& team, const Block& block, const Pages& pages, const Te
             if (weight) rms_norm(x, weight, width, key < 0 ? block.q_eps : block.k_eps, x);
             rotate(x, cosine + size_t(b) * width, sine + size_t(b) * width, width);
         }
-        if (key < 0) return;
-        const int of = key % block.heads.keys;
-        const int64_t row = slot_of(texts[b], texts[b].position) * block.heads.keys + of;
-        keep_row(pages, pages.half[key / block.heads.keys], row, of, width, x);
+        if (key < 0) return meet(pages.half[0], head / (block.heads.queries / block.heads.keys), width, x);
+        const int of = key % block.heads.keys, which = key / block.heads.keys;
+        const int64_t place = texts[b].position, row = slot_of(texts[b], place) * block.heads.keys + of;
+        enter(pages.half[which], of, width, x);
+        if (place < pages.sinks) std::copy_n(x, width, sink_of(texts[b], pages, block.heads, which, place, of));
+        keep_row(pages, pages.half[which], row, of, width, x);
     });
 }
 

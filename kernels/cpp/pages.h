@@ -14,11 +14,15 @@ extern "C" {
 struct Half {  // the keys, or the values
     void* codes;  // [slots][keys][width], fp32, bf16, a byte each, or half of one: the lower half is the even channel
     void *scale, *zero;  // own: bf16 and, where it is not always the middle, uint8, [slots][keys]; else float [keys][width]
+    // Of a balanced cache, whose coordinates are (x - center) into; else null. back: what queries are multiplied with, so that
+    // they meet such keys, or what is seen of values, which lacks but the center then. [keys][width][width], [keys][width]
+    const float *into, *back, *center;
 };
 
 struct Pages {
     Half half[2];  // k, v
     int32_t kind, own;  // see Kept
+    int32_t sinks, layer;  // tokens at the start of a text that are kept in floats too; which layer this is
 };
 }
 
@@ -88,6 +92,15 @@ template <int KIND> void widen_row(const Half& half, bool own, size_t row, int h
         const float *scale = (const float*)half.scale + head * width, *zero = (const float*)half.zero + head * width;
         for (int d = 0; d < width; d += 8)
             store(x + d, (eight_of<KIND>(codes, d) - load<Floats>(zero + d)) * load<Floats>(scale + d));
+    }
+}
+
+// y = x M, of a square matrix
+inline void times(const float* x, const float* matrix, int width, float* y) {
+    for (int d = 0; d < width; d += 8) {
+        Floats total = {};
+        for (int e = 0; e < width; ++e) total += x[e] * load<Floats>(matrix + size_t(e) * width + d);
+        store(y + d, total);
     }
 }
 
