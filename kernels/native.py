@@ -90,12 +90,12 @@ class PagesStruct(ctypes.Structure):
         super().__init__(*halves, _KEPT.index(k.codes.dtype if k.grid is None else k.kind), k.own, sinks, layer)
 
     def _half(self, pages: Pages, frame: Frame | None, of_queries: bool = False) -> HalfStruct:
-        parts = (pages.codes, pages.scale, pages.zero) if pages.own else (pages.codes, *self._spread(pages))
+        parts = [pages.codes, *((pages.scale, pages.zero) if pages.own else self._spread(pages))]
         if frame is not None:
             back_HDD = frame.back_HDD.mT if of_queries else frame.back_HDD
             matrices = [part.contiguous() for part in (frame.into_HDD, back_HDD, frame.center_HD)]
             self._tables += matrices
-            parts = *parts, *matrices
+            parts += matrices
         return HalfStruct(*(None if part is None else part.data_ptr() for part in parts))
 
     def _spread(self, pages: Pages) -> tuple[Tensor | None, Tensor | None]:
