@@ -59,6 +59,19 @@ def test_a_token_that_is_roughly_the_second_is_found_by_its_bound_alone(module) 
     assert trap(module, 0.0) == 3
 
 
+@pytest.mark.parametrize("module", [head, reference], ids=["kernel", "meaning"])
+def test_what_is_no_number_shows_and_ends(module) -> None:
+    x_TC, weight_VC = torch.randn(3, 64).bfloat16(), torch.randn(1500, 64).bfloat16()
+    rough_TV, margin_V = x_TC.float() @ weight_VC.float().T, torch.full((1500,), 0.01)
+    rough_TV[0] = x_TC[0] = torch.nan
+    rough_TV[1, 700] = torch.nan
+    found_TV = module.rescore(rough_TV, x_TC, weight_VC, margin_V)
+    assert found_TV[0].isnan().all()
+    assert found_TV[1, 700].isnan()
+    assert torch.isfinite(found_TV[2]).all()
+    assert found_TV[2].argmax() == rough_TV[2].argmax()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
