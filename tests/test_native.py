@@ -382,7 +382,7 @@ def engine(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:  # 
 
 QUICK = (
     "a scale of another group", "no zero point", "no middle", "a register too few", "a position too few", "parts as they are",
-    "no residual",
+    "no residual", "queries as they are", "first tokens rounded",
 )  # fmt: skip
 
 
