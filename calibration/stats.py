@@ -18,7 +18,7 @@ from infopt.team import Team
 
 _PANEL = 96  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
 _SAMPLE = 1024  # rows of a sample, at most; half of them are dropped when there are more
-_STRIDE = 32  # every so many tokens one goes into the sample, at first
+_STRIDE = 16  # every so many tokens one goes into the sample, at first
 EVERYTHING = frozenset({"gram", "mean", "max", "sample"})
 
 

@@ -7,12 +7,15 @@ Xiao et al. 2022 (arXiv:2211.10438), eq. 4: the inputs of a space are divided by
 so that both are easy to round to 8 bits. Changed here, and why: the migration strength `a` is found for each space by the
 output error that it leaves, on a sample of the calibration tokens, with the weights and the inputs rounded as they will be:
 
-    err(a) = sum over readers of || r(X / s) Q(W s)^T - X W^T ||^2
+    err(s) = sum over readers of || r(X / s) Q(W s)^T - X W^T ||^2
 
-and no migration at all is one of the candidates; 1/s folds into whatever op the topology *proved* to write the space (norms,
-and the linears before v -> o and up -> down, whose own scales per row take it up without loss), not into a table of norms.
+and no migration at all is one of the candidates. From the best of them a descent goes on to the s of least *expected* error,
+where rounding is taken for noise (`ExpectedError`): one number for each channel instead of one exponent for all. It is kept
+where its err(s) is smaller too: on SmolLM2-135M mostly 10 to 45 % smaller. 1/s folds into whatever op the topology *proved*
+to write the space (norms, and the linears before v -> o and up -> down, whose own scales per row take it up without loss),
+not into a table of norms.
 
-Legend: O output channels, C channels of a space, S sampled tokens.
+Legend: O output channels, C channels of a space, S sampled tokens, G groups of columns that share a scale.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ from infopt.quantizers.rounding import rounded
 from infopt.quantizers.work import BlockWork, obstacle, shared
 from infopt.topology import Space
 
+Readers = list[tuple[torch.Tensor, Grid]]
+
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_STEPS, _RATE = 50, 0.1  # of the descent: it can move a scale by a factor of 12, and more steps find nothing more
+_LEAST = 1e-30
 
 
 def scale_for(max_x_C: torch.Tensor, max_w_C: torch.Tensor, strength: float) -> torch.Tensor:
@@ -36,7 +43,7 @@ def scale_for(max_x_C: torch.Tensor, max_w_C: torch.Tensor, strength: float) -> 
     return torch.where(alive, s_C.clamp(1e-5, 1e5), torch.ones(()))
 
 
-def migration_error(weights: list[tuple[torch.Tensor, Grid]], x_SC: torch.Tensor, s_C: torch.Tensor) -> float:
+def migration_error(weights: Readers, x_SC: torch.Tensor, s_C: torch.Tensor) -> float:
     """The squared error of all readers' outputs on the sample, weights and inputs rounded after the migration."""
     total = 0.0
     for w_OC, grid in weights:
@@ -49,9 +56,73 @@ def migration_error(weights: list[tuple[torch.Tensor, Grid]], x_SC: torch.Tensor
     return total
 
 
+class ExpectedError:
+    """`migration_error` in the mean, if rounding were noise: a function of s whose logarithm is convex in log s, so that it
+    has one minimum.
+
+    Rounding to multiples of d adds d^2 / 12. The inputs' noise, d = max|x / s| / 127, goes through the weights, and that of
+    the weights, d = 2 max|W s| / (2^b - 1), is met by the inputs:
+
+        sum over readers of    sum_t d_t^2 / 12 * sum_j s_j^2 |W_j|^2    +    sum_o d_o^2 / 12 * sum_j |X_j|^2 / s_j^2
+
+    with a d and a sum over j for each group of columns. Only for grids that `knows` accepts.
+    """
+
+    def __init__(self, weights: Readers, x_SC: torch.Tensor) -> None:
+        self._x_SC, self._x2_C = x_SC.abs(), x_SC.square().sum(0)
+        self._weights = [(w_OC.abs(), w_OC.square().sum(0), grid) for w_OC, grid in weights]
+
+    @staticmethod
+    def knows(grid: Grid, columns: int) -> bool:
+        """Whether steps are of one size, and one row's or all rows'."""
+        kinds = {grid.kind, grid.inputs.kind if grid.inputs else "int"}
+        group = grid.inputs.group if grid.inputs else None
+        return kinds == {"int"} and grid.strategy != "block" and columns % (group or columns) == 0
+
+    def __call__(self, s_C: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        for w_OC, w2_C, grid in self._weights:
+            by_group_G = _noise(w_OC, s_C, grid.group, grid.rows is None, grid.levels)
+            total = total + by_group_G @ _sums(self._x2_C / s_C.square(), grid.group)
+            if (inputs := grid.inputs) is not None:
+                by_group_G = _noise(self._x_SC, 1 / s_C, inputs.group, not inputs.dynamic, 2 * inputs.largest)
+                total = total + by_group_G @ _sums(w2_C * s_C.square(), inputs.group)
+        return total
+
+
+def _sums(x_C: torch.Tensor, group: int | None) -> torch.Tensor:
+    return x_C.view(-1, group or len(x_C)).sum(1)
+
+
+def _noise(x_RC: torch.Tensor, s_C: torch.Tensor, group: int | None, whole: bool, levels: float) -> torch.Tensor:
+    """sum over rows of d^2 / 12, by group [G], where x >= 0 with its columns times s is rounded. whole: all rows share d."""
+    x_RGK, s_GK = (part.unflatten(-1, (-1, group or len(s_C))) for part in (x_RC, s_C))
+    with torch.no_grad():  # the derivative needs no more than the largest of each group
+        at_RG1 = (x_RGK * s_GK).argmax(-1, keepdim=True)
+    largest_RG = (x_RGK.gather(-1, at_RG1) * s_GK.expand(x_RGK.shape).gather(-1, at_RG1))[..., 0]
+    if whole:
+        largest_RG = largest_RG.amax().expand(largest_RG.shape)
+    return (largest_RG * (2 / levels)).square().sum(0) / 12
+
+
+def fitted(weights: Readers, x_SC: torch.Tensor, s_C: torch.Tensor, space: Space) -> torch.Tensor:
+    """The scale [C] of least expected error that a descent from s_C finds, equal where one writer channel feeds columns."""
+    log_C, expected = s_C.log().requires_grad_(), ExpectedError(weights, x_SC)
+    descent = torch.optim.Adam([log_C], lr=_RATE)
+    for step in range(_STEPS):
+        with torch.enable_grad():
+            error = expected(log_C.exp()).clamp_min(_LEAST).log()
+        (gradient_C,) = torch.autograd.grad(error, log_C)
+        log_C.grad = shared(gradient_C, space, "mean")
+        descent.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+        descent.step()
+    return log_C.detach().exp()
+
+
 @dataclass(frozen=True)
 class Smooth:
-    """Step `smooth`. strength: the exponent of the activations; search: try others, and none, for each space."""
+    """Step `smooth`. strength: the exponent of the activations; search: for each space the best of several strengths, of no
+    migration, and of a scale fitted channel by channel."""
 
     strength: float = 0.5
     search: bool = True
@@ -67,11 +138,17 @@ class Smooth:
             return
         max_x_C = shared(work.max_abs(space), space, "amax")
         max_w_C = shared(torch.stack([w_OC.abs().amax(0) for w_OC, _ in weights]).amax(0), space, "amax")
-        candidates = [scale_for(max_x_C, max_w_C, self.strength)]
+        best_C = scale_for(max_x_C, max_w_C, self.strength)
         if self.search:
-            others = [scale_for(max_x_C, max_w_C, a) for a in _STRENGTHS if a != self.strength]
-            candidates = [torch.ones_like(max_x_C), *candidates, *others]
             x_SC = work.sample(space)
-            candidates.sort(key=lambda s_C: migration_error(weights, x_SC, s_C))
-        if bool((candidates[0] != 1).any()):
-            work.scale_space(space, candidates[0])
+            others = [scale_for(max_x_C, max_w_C, a) for a in _STRENGTHS if a != self.strength]
+            best_C = _best(weights, x_SC, [torch.ones_like(max_x_C), best_C, *others])
+            if len(x_SC) and all(ExpectedError.knows(grid, len(max_x_C)) for _, grid in weights):
+                best_C = _best(weights, x_SC, [best_C, fitted(weights, x_SC, best_C, space)])
+        if bool((best_C != 1).any()):
+            work.scale_space(space, best_C)
+
+
+def _best(weights: Readers, x_SC: torch.Tensor, candidates: list[torch.Tensor]) -> torch.Tensor:
+    """The scale that leaves the smallest error, the first of equals."""
+    return min(candidates, key=lambda s_C: migration_error(weights, x_SC, s_C))

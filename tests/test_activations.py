@@ -14,8 +14,9 @@ from infopt.grid import FP8_MAX, Grid, Inputs
 from infopt.kernels import reference
 from infopt.quantizers import gptq
 from infopt.quantizers.rounding import CLIPPING, NEAR, choose_range, round_nearest
-from infopt.quantizers.smoothquant import migration_error, scale_for
+from infopt.quantizers.smoothquant import ExpectedError, fitted, migration_error, scale_for
 from infopt.runtime.model import RuntimeModel
+from infopt.topology import Fold, Space
 
 from .tools import every_second, infopt, slow_unless, text, tiny
 
@@ -100,6 +101,74 @@ def test_smoothing_is_the_identity_before_rounding_and_helps_after_it() -> None:
     torch.testing.assert_close((x_SC / s_C) @ (w_OC * s_C).T, x_SC @ w_OC.T, rtol=1e-4, atol=1e-3)
     weights = [(w_OC, Grid(8, None, inputs=Inputs()))]
     assert migration_error(weights, x_SC, s_C) < 0.2 * migration_error(weights, x_SC, torch.ones(64))
+
+
+SMOOTHED = {  # rows, group and inputs' rounding of what `fitted` can look at
+    "W8A8": Grid(8, None, inputs=Inputs()),
+    "W8A8_STATIC": Grid(8, None, inputs=Inputs(dynamic=False)),
+    "whole tensors": Grid(8, None, rows=None, inputs=Inputs()),
+    "groups": Grid(4, 32, inputs=Inputs(group=16)),
+    "weights alone": Grid(4, 32),
+}
+
+
+def _lively(seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [300, 64] and weights [48, 64] whose channels differ much in size."""
+    generator = torch.Generator().manual_seed(seed)
+    x_SC = torch.randn(300, 64, generator=generator) * torch.randn(64, generator=generator).exp()
+    return x_SC, torch.randn(48, 64, generator=generator) * torch.randn(64, generator=generator).mul(0.5).exp()
+
+
+@pytest.mark.parametrize("grid", SMOOTHED.values(), ids=list(SMOOTHED))
+def test_the_expected_error_against_its_definition_and_against_rounding(grid: Grid) -> None:
+    x_SC, w_OC = _lively()
+    s_C = torch.rand(64, generator=torch.Generator().manual_seed(6)) + 0.5
+    moved_SC, scaled_OC, inputs = x_SC / s_C, w_OC * s_C, grid.inputs
+    wanted, width = 0.0, grid.width(64)
+    for o in range(48):
+        for start in range(0, 64, width):
+            part = slice(start, start + width)
+            most = scaled_OC.abs().max() if grid.rows is None else scaled_OC[o, part].abs().max()
+            wanted += float((2 * most / grid.levels) ** 2 / 12 * moved_SC[:, part].square().sum())
+    for t in range(300 if inputs else 0):
+        for start in range(0, 64, inputs.group or 64):
+            part = slice(start, start + (inputs.group or 64))
+            most = moved_SC[t, part].abs().max() if inputs.dynamic else moved_SC.abs().max()
+            wanted += float((most / 127) ** 2 / 12 * scaled_OC[:, part].square().sum())
+    expected = float(ExpectedError([(w_OC, grid)], x_SC)(s_C))
+    assert expected == pytest.approx(wanted, rel=1e-4)
+    found = migration_error([(w_OC, grid)], x_SC, s_C)
+    # Of a column of weights most may be far smaller than a step, and err by less than noise of that step would.
+    assert 0.6 * expected < found < 1.2 * expected
+
+
+@pytest.mark.parametrize("grid", SMOOTHED.values(), ids=list(SMOOTHED))
+def test_the_fitted_scale_is_the_one_minimum(grid: Grid) -> None:
+    """The same error from every start, below that of every strength, and in the rounding itself too."""
+    x_SC, w_OC = _lively()
+    weights, space = [(w_OC, grid), (w_OC.flip(0) + 0.1, grid)], Space("inputs", 64, (), None)
+    expected = ExpectedError(weights, x_SC)
+    by_strength = [scale_for(x_SC.abs().amax(0), w_OC.abs().amax(0), a / 10) for a in range(11)]
+    ends = [fitted(weights, x_SC, s_C, space) for s_C in (torch.ones(64), by_strength[3], by_strength[8])]
+    errors = [float(expected(s_C)) for s_C in ends]
+    assert max(errors) < 1.04 * min(errors)
+    assert max(errors) < 0.99 * min(float(expected(s_C)) for s_C in by_strength)
+    rounded = [migration_error(weights, x_SC, s_C) for s_C in by_strength]
+    assert migration_error(weights, x_SC, ends[0]) < 1.02 * min(rounded)
+
+
+def test_a_fitted_scale_keeps_what_one_writer_feeds_equal_and_dead_channels_as_they_are() -> None:
+    x_SC, w_OC = _lively()
+    x_SC[:, 5], x_SC[:, 37], w_OC[:, 5], w_OC[:, 37] = 0, 0, 0, 0
+    rows = (*range(32), *range(32))
+    space = Space("heads", 64, (), Fold("linear", "v_proj", rows))
+    weights = [(w_OC, SMOOTHED["W8A8"])]
+    s_C = fitted(weights, x_SC, torch.ones(64), space)
+    assert torch.equal(s_C[:32], s_C[32:])
+    assert s_C[5] == 1
+    assert migration_error(weights, x_SC, s_C) < 0.9 * migration_error(weights, x_SC, torch.ones(64))
+    nothing = fitted(weights, torch.zeros(3, 64), torch.ones(64), space)
+    assert bool(torch.isfinite(nothing).all())
 
 
 SCHEMES = [
