@@ -4,7 +4,7 @@ predictions are from the original model's: mean KL divergence and the share of e
 Protocol: the whole text, tokenised once by the original model's tokenizer, non-overlapping windows, each of which begins
 with the token that the tokenizer puts before a text, if it does; the first N of them, each window's first token not
 predicted. Three kinds of output are read:
-  compressed-tensors   by transformers itself, decompressed while loading
+  compressed-tensors   by transformers itself, decompressed while loading, scales in float32
   GPTQ                 decoded here (transformers would need GPTQModel for it): `w = (q - z) * s`
   dequantized/*.safetensors   put over the original model's weights
 Where compressed-tensors' config has `input_activations`, the inputs of every linear layer that has a scale are rounded as
@@ -18,9 +18,11 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from compressed_tensors.quantization.lifecycle import forward_helpers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
@@ -110,6 +112,7 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     kind = quantization["quant_method"]
     if kind == "compressed-tensors":
+        decode_in_float32()
         model, notes = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -122,6 +125,17 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
     if kind == "gptq":
         return _put_over(original, decode_gptq(folder, quantization))
     raise SystemExit(f"{folder}: quant_method {kind!r} is not one that this evaluator reads")
+
+
+def decode_in_float32() -> None:
+    """Keep compressed-tensors from rounding weights a second time: it multiplies codes and scales in the scales' type, so that
+    of two tools the one whose scales are bf16 would be charged for an error that no server makes."""
+    inner = forward_helpers._dequantize
+
+    def dequantize(x_q: torch.Tensor, scale: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        return inner(x_q, scale.float(), *others, **named)
+
+    forward_helpers._dequantize = dequantize
 
 
 def int8_per_token(x_TI: torch.Tensor) -> torch.Tensor:
