@@ -122,6 +122,11 @@ class BlockWork:
     def finish(self, op: Op, q: QTensor) -> None:
         self.results[op.name] = q
 
+    @property
+    def carried(self) -> set[str]:
+        """Rewritten parameters that no result takes the place of."""
+        return self.rewritten - {f"{op}.weight" for op in self.results}
+
     def install(self, op: Op) -> None:
         """Make the block compute with the op's result, until `close`."""
         q = self.results[op.name]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,14 @@ from infopt.calibration.stream import Stream
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported, UsageError
 from infopt.experts import experts_in
-from infopt.exporters import compressed_tensors, kv_cache
-from infopt.exporters.folder import model_config, write_folder
+from infopt.exporters import compressed_tensors
+from infopt.exporters.folder import model_config
 from infopt.exporters.formats import check
 from infopt.exporters.quantized import Format
-from infopt.kv_cache import CacheScales, RoundingCache, attention_path
+from infopt.kv_cache import CacheScales, RoundingCache
 from infopt.memory import release
 from infopt.model import Skeleton
-from infopt.output import OutputFolder, free_space_check, merge_shards, write_json, write_manifest, write_safetensors
+from infopt.output import OutputFolder, free_space_check
 from infopt.qtensor import QTensor
 from infopt.quantizers.awq import output_error
 from infopt.quantizers.kv_cache import choose_frames, choose_scales
@@ -42,9 +42,9 @@ from infopt.recipe import Recipe
 from infopt.recipes import experts
 from infopt.recipes.blocks import Blocks
 from infopt.recipes.marks import BlockReport, Marks, file_digest, versions
-from infopt.recipes.pareto import pareto_svg
 from infopt.recipes.plan import Plan, cache_grid, columns_of, out_in, plan
-from infopt.recipes.rotation import changed_by, rotated, summary
+from infopt.recipes.result import Result
+from infopt.recipes.rotation import rotated
 from infopt.rewriters.rotate import Rotated
 from infopt.team import ALONE, Team
 from infopt.topology import Space
@@ -69,7 +69,7 @@ class Run:
         team: Team = ALONE,
         recorded: Recorded | None = None,
     ) -> None:
-        self.allocation, self.team = allocation, team
+        self.team = team
         if recipe.rotate and not isinstance(reader, Rotated):
             reader = rotated(reader, recipe.calibration.seed)
         self.reader, self.recipe, self.steps, self.output = reader, recipe, steps, output
@@ -81,6 +81,9 @@ class Run:
         self._blocks = Blocks(self.skeleton, self._marks)
         self._stream: Stream | Recorded | None = None
         self.cache = cache_grid(recipe)
+        self._result = Result(
+            reader, self.skeleton, recipe, self.plan, form, self.cache, data_report, allocation, team.size
+        )
         if "shift" in needs_of(steps) and recipe.sequential != "space":
             raise UsageError(
                 "the step `correct` compares quantized inputs with original ones, space by space",
@@ -162,7 +165,8 @@ class Run:
             reports.append(self._block(i))
             on_block(reports[-1], False)
         if self.team.writes:
-            self._assemble(reports)
+            outer, parts = self._marks.folder / "outer.safetensors", [self._marks.part(i) for i in range(self.blocks)]
+            self._result.write_folder(self.output.stage, outer, parts, reports, self._blocks.topologies)
         return reports
 
     def fingerprint(self) -> str:
@@ -213,9 +217,9 @@ class Run:
         if missed := [op for op in self._planned(i) if op not in work.results]:
             raise RuntimeError(f"{name}: the recipe's steps left {missed} unquantized")
         if self.team.writes:
-            self._write_part(i, work, scales)
+            self._result.write_block(self._marks.part(i), i, work, scales)
         notes = [*self._left_alone(i), *experts.merged(work.notes, block), *experts.tell(layers)]
-        report = BlockReport(i, structure, layers, sorted(work.rewritten - _weights(work.results)), notes, hidden,
+        report = BlockReport(i, structure, layers, sorted(work.carried), notes, hidden,
                              file_digest(self._marks.part(i)))  # fmt: skip
         self._marks.write(report)
         if self._stream:
@@ -328,67 +332,6 @@ class Run:
                 f"--format compressed-tensors --ignore '*.{op_name}'",
             )
 
-    def _write_part(self, i: int, work: BlockWork, scales: CacheScales | None) -> None:
-        replaced: dict[str, dict[str, torch.Tensor]] = {}
-        for op, q in work.results.items():
-            key = self.skeleton.weight_key(i, op)
-            replaced[key] = self.form.encode(key.removesuffix(".weight"), q)
-        for path in work.rewritten - _weights(work.results):
-            key = self.skeleton.tensor_key(i, path)
-            value = work.block.get_parameter(path).data.to(self.reader.tensors[key].dtype)
-            replaced[key] = {key: value}
-        tensors: dict[str, torch.Tensor] = {}
-        for key in self.skeleton.block_keys(i):
-            tensors.update(replaced[key] if key in replaced else {key: self.reader.get(key)})
-        if self.cache and scales:
-            tensors |= kv_cache.encode(self.skeleton.stored_path(i, attention_path(work.block)), self.cache, scales)
-        write_safetensors(self._marks.part(i), tensors)
-
-    # The folder
-
-    def _assemble(self, reports: list[BlockReport]) -> None:
-        stage = self.output.stage
-        stage.mkdir(parents=True, exist_ok=True)
-        outer = self._marks.folder / "outer.safetensors"
-        keys = [*self.skeleton.outer_keys(), *self.skeleton.extra_keys()]
-        write_safetensors(outer, {key: self.reader.get(key) for key in keys})
-        merge_shards([outer, *(self._marks.part(i) for i in range(self.blocks))], stage)
-        ignored = experts.ignored_names(self.skeleton, self.plan.kept)
-        stored = experts.names_in_file(self.skeleton, experts.split_names(self.skeleton, self.plan.grids))
-        grids = {stored.get(name, name): grid for name, grid in self.plan.grids.items()}
-        settings = self.form.config(grids, ignored, self._file_names(self.plan.transposed))
-        if self.cache:
-            settings["kv_cache_scheme"] = kv_cache.settings(self.cache)
-        write_folder(stage, self.reader, settings)
-        (stage / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        write_json(stage / "infopt.json", self._summary(reports))
-        if self.allocation:
-            (stage / "pareto.svg").write_text(pareto_svg(self.allocation), encoding="utf-8")
-        write_manifest(stage)
-
-    def _file_names(self, names: frozenset[str]) -> Iterator[str]:
-        for i, block in enumerate(self.skeleton.blocks):
-            for name in names:
-                if name.startswith(f"{block}."):
-                    yield self.skeleton.weight_key(i, name.removeprefix(f"{block}.")).removesuffix(".weight")
-
-    def _summary(self, reports: list[BlockReport]) -> dict[str, Any]:
-        """infopt.json: no times and no paths, so that the same run gives the same bytes."""
-        return {
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            **({"processes": self.team.size} if self.team.size > 1 else {}),
-            "calibration": self.data_report,
-            "topologies": {name: t.to_json() for name, t in self._blocks.topologies.items()},
-            "blocks": [{"structure": r.structure, "notes": r.notes} for r in reports],
-            "layers": {name: layer for r in reports for name, layer in r.layers.items()},
-            "rewritten": changed_by(self.reader)
-            + [self.skeleton.tensor_key(r.index, path) for r in reports for path in r.rewritten],
-            "kept": self.plan.kept,
-            **({"allocation": self.allocation} if self.allocation else {}),
-            **summary(self.reader),
-        }
-
 
 def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
     """Whether calibration data must be read: for a step, for static scales of the cache, or to choose bits."""
@@ -400,10 +343,6 @@ def needs_data(recipe: Recipe, steps: list[Step]) -> bool:
 def needs_of(steps: list[Step]) -> frozenset[str]:
     """The statistics that some of the steps read."""
     return frozenset().union(*(step.needs for step in steps))
-
-
-def _weights(results: dict[str, QTensor]) -> set[str]:
-    return {f"{op}.weight" for op in results}
 
 
 def memory_needed(run: Run) -> int:
