@@ -18,7 +18,9 @@ from infopt.team import Team
 
 _PANEL = 96  # columns of one panel of the Gram matrix: full speed, and near half of the matrix is skipped
 _SAMPLE = 1024  # rows of a sample, at most; half of them are dropped when there are more
-_STRIDE = 16  # every so many tokens one goes into the sample, at first
+# Every so many tokens one goes into the sample, at first. It divides usual windows, so all their first tokens are in it, which
+# the others attend to and whose inputs are the largest by far.
+_STRIDE = 16
 EVERYTHING = frozenset({"gram", "mean", "max", "sample"})
 
 

@@ -4,16 +4,16 @@ Xiao et al. 2022 (arXiv:2211.10438), eq. 4: the inputs of a space are divided by
 
     s_j = max|X_j|^a / max|W_j|^(1-a)
 
-so that both are easy to round to 8 bits. Changed here, and why: the migration strength `a` is found for each space by the
-output error that it leaves, on a sample of the calibration tokens, with the weights and the inputs rounded as they will be:
+so that both are easy to round to 8 bits. Changed here, and why: s is found for each space by the output error that it leaves
+on a sample of the calibration tokens, with the weights and the inputs rounded as they will be (`migration_error`):
 
     err(s) = sum over readers of || r(X / s) Q(W s)^T - X W^T ||^2
 
-and no migration at all is one of the candidates. From the best of them a descent goes on to the s of least *expected* error,
-where rounding is taken for noise (`ExpectedError`): one number for each channel instead of one exponent for all. It is kept
-where its err(s) is smaller too: on SmolLM2-135M mostly 10 to 45 % smaller. 1/s folds into whatever op the topology *proved*
-to write the space (norms, and the linears before v -> o and up -> down, whose own scales per row take it up without loss),
-not into a table of norms.
+What err is to be expected where rounding is noise (`ExpectedError`) is cheap and can be derived. It chooses the strength `a`,
+or no migration, and from there a descent goes on to the best s of all: one number for each channel instead of one exponent
+for all. That s is kept where err is smaller too. Grids whose rounding is no such noise choose the strength by err itself.
+1/s folds into whatever op the topology *proved* to write the space (norms, and the linears before v -> o and up -> down,
+whose own scales per row take it up without loss), not into a table of norms.
 
 Legend: O output channels, C channels of a space, S sampled tokens, G groups of columns that share a scale.
 """
@@ -33,7 +33,6 @@ Readers = list[tuple[torch.Tensor, Grid]]
 
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _STEPS, _RATE = 50, 0.1  # of the descent: it can move a scale by a factor of 12, and more steps find nothing more
-_LEAST = 1e-30
 
 
 def scale_for(max_x_C: torch.Tensor, max_w_C: torch.Tensor, strength: float) -> torch.Tensor:
@@ -65,7 +64,7 @@ class ExpectedError:
 
         sum over readers of    sum_t d_t^2 / 12 * sum_j s_j^2 |W_j|^2    +    sum_o d_o^2 / 12 * sum_j |X_j|^2 / s_j^2
 
-    with a d and a sum over j for each group of columns. Only for grids that `knows` accepts.
+    with a d and a sum over j for each group of columns. The readers' grids must pass `holds`.
     """
 
     def __init__(self, weights: Readers, x_SC: torch.Tensor) -> None:
@@ -73,11 +72,11 @@ class ExpectedError:
         self._weights = [(w_OC.abs(), w_OC.square().sum(0), grid) for w_OC, grid in weights]
 
     @staticmethod
-    def knows(grid: Grid, columns: int) -> bool:
-        """Whether steps are of one size, and one row's or all rows'."""
-        kinds = {grid.kind, grid.inputs.kind if grid.inputs else "int"}
-        group = grid.inputs.group if grid.inputs else None
-        return kinds == {"int"} and grid.strategy != "block" and columns % (group or columns) == 0
+    def holds(grid: Grid, columns: int) -> bool:
+        """Whether what is rounded has steps of one size, in whole groups of one row or in one for all rows."""
+        if grid.inputs is not None and (grid.inputs.kind != "int" or columns % (grid.inputs.group or columns)):
+            return False
+        return grid.kind == "int" and grid.strategy != "block"
 
     def __call__(self, s_C: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(())
@@ -105,13 +104,13 @@ def _noise(x_RC: torch.Tensor, s_C: torch.Tensor, group: int | None, whole: bool
     return (largest_RG * (2 / levels)).square().sum(0) / 12
 
 
-def fitted(weights: Readers, x_SC: torch.Tensor, s_C: torch.Tensor, space: Space) -> torch.Tensor:
+def fitted(expected: ExpectedError, s_C: torch.Tensor, space: Space) -> torch.Tensor:
     """The scale [C] of least expected error that a descent from s_C finds, equal where one writer channel feeds columns."""
-    log_C, expected = s_C.log().requires_grad_(), ExpectedError(weights, x_SC)
+    log_C = s_C.log().requires_grad_()
     descent = torch.optim.Adam([log_C], lr=_RATE)
     for step in range(_STEPS):
         with torch.enable_grad():
-            error = expected(log_C.exp()).clamp_min(_LEAST).log()
+            error = expected(log_C.exp()).clamp_min(1e-30).log()  # a space of zeros has no error, and no derivative
         (gradient_C,) = torch.autograd.grad(error, log_C)
         log_C.grad = shared(gradient_C, space, "mean")
         descent.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
@@ -121,8 +120,8 @@ def fitted(weights: Readers, x_SC: torch.Tensor, s_C: torch.Tensor, space: Space
 
 @dataclass(frozen=True)
 class Smooth:
-    """Step `smooth`. strength: the exponent of the activations; search: for each space the best of several strengths, of no
-    migration, and of a scale fitted channel by channel."""
+    """Step `smooth`. strength: the exponent of the activations; search: for each space what errs least of several strengths, of
+    no migration, and of a scale fitted channel by channel."""
 
     strength: float = 0.5
     search: bool = True
@@ -140,15 +139,20 @@ class Smooth:
         max_w_C = shared(torch.stack([w_OC.abs().amax(0) for w_OC, _ in weights]).amax(0), space, "amax")
         best_C = scale_for(max_x_C, max_w_C, self.strength)
         if self.search:
-            x_SC = work.sample(space)
             others = [scale_for(max_x_C, max_w_C, a) for a in _STRENGTHS if a != self.strength]
-            best_C = _best(weights, x_SC, [torch.ones_like(max_x_C), best_C, *others])
-            if len(x_SC) and all(ExpectedError.knows(grid, len(max_x_C)) for _, grid in weights):
-                best_C = _best(weights, x_SC, [best_C, fitted(weights, x_SC, best_C, space)])
+            best_C = _searched(weights, work.sample(space), [torch.ones_like(max_x_C), best_C, *others], space)
         if bool((best_C != 1).any()):
             work.scale_space(space, best_C)
 
 
-def _best(weights: Readers, x_SC: torch.Tensor, candidates: list[torch.Tensor]) -> torch.Tensor:
-    """The scale that leaves the smallest error, the first of equals."""
-    return min(candidates, key=lambda s_C: migration_error(weights, x_SC, s_C))
+def _searched(weights: Readers, x_SC: torch.Tensor, candidates: list[torch.Tensor], space: Space) -> torch.Tensor:
+    """The best scale [C] of the candidates, the first of equals, or a better one that lies below them."""
+
+    def error(s_C: torch.Tensor) -> float:
+        return migration_error(weights, x_SC, s_C)
+
+    if not all(ExpectedError.holds(grid, x_SC.shape[1]) for _, grid in weights):
+        return min(candidates, key=error)
+    expected = ExpectedError(weights, x_SC)
+    best_C = min(candidates, key=lambda s_C: float(expected(s_C)))
+    return min((best_C, fitted(expected, best_C, space)), key=error)

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from infopt.calibration.stats import InputStats
 from infopt.grid import FP8_MAX, Grid, Inputs
 from infopt.kernels import reference
 from infopt.quantizers import gptq
 from infopt.quantizers.rounding import CLIPPING, NEAR, choose_range, round_nearest
-from infopt.quantizers.smoothquant import ExpectedError, fitted, migration_error, scale_for
+from infopt.quantizers.smoothquant import ExpectedError, Smooth, fitted, migration_error, scale_for
+from infopt.quantizers.work import BlockWork
 from infopt.runtime.model import RuntimeModel
-from infopt.topology import Fold, Space
+from infopt.topology import Fold, Op, Space, Topology
 
 from .tools import every_second, infopt, slow_unless, text, tiny
 
@@ -149,7 +152,7 @@ def test_the_fitted_scale_is_the_one_minimum(grid: Grid) -> None:
     weights, space = [(w_OC, grid), (w_OC.flip(0) + 0.1, grid)], Space("inputs", 64, (), None)
     expected = ExpectedError(weights, x_SC)
     by_strength = [scale_for(x_SC.abs().amax(0), w_OC.abs().amax(0), a / 10) for a in range(11)]
-    ends = [fitted(weights, x_SC, s_C, space) for s_C in (torch.ones(64), by_strength[3], by_strength[8])]
+    ends = [fitted(expected, s_C, space) for s_C in (torch.ones(64), by_strength[3], by_strength[8])]
     errors = [float(expected(s_C)) for s_C in ends]
     assert max(errors) < 1.04 * min(errors)
     assert max(errors) < 0.99 * min(float(expected(s_C)) for s_C in by_strength)
@@ -163,12 +166,35 @@ def test_a_fitted_scale_keeps_what_one_writer_feeds_equal_and_dead_channels_as_t
     rows = (*range(32), *range(32))
     space = Space("heads", 64, (), Fold("linear", "v_proj", rows))
     weights = [(w_OC, SMOOTHED["W8A8"])]
-    s_C = fitted(weights, x_SC, torch.ones(64), space)
+    s_C = fitted(ExpectedError(weights, x_SC), torch.ones(64), space)
     assert torch.equal(s_C[:32], s_C[32:])
     assert s_C[5] == 1
     assert migration_error(weights, x_SC, s_C) < 0.9 * migration_error(weights, x_SC, torch.ones(64))
-    nothing = fitted(weights, torch.zeros(3, 64), torch.ones(64), space)
+    nothing = fitted(ExpectedError(weights, torch.zeros(3, 64)), torch.ones(64), space)
     assert bool(torch.isfinite(nothing).all())
+
+
+@pytest.mark.parametrize("grid", [SMOOTHED["W8A8"], Grid(8, None, kind="float", inputs=Inputs("float"))], ids=str)
+def test_the_step_scales_a_space_by_the_fit_or_by_the_best_strength(grid: Grid) -> None:
+    """A norm and its reader: the function stays, integers err less than by any strength, floats as little as by the best."""
+    x_SC, w_OC = _lively()
+    block = nn.ModuleDict({"norm": nn.RMSNorm(64), "up": nn.Linear(64, 48, bias=False)})
+    block["up"].weight.data.copy_(w_OC)
+    space = Space("norm", 64, ("up",), Fold("norm", "mul"))
+    topology = Topology((Op("norm", "norm", 64, 64), Op("up", "linear", 48, 64)), (space,))
+    stats = InputStats(64, Smooth.needs)
+    for _ in range(16):  # of each sixteen rows one is in the sample: all of them, in the end
+        stats.add(x_SC)
+    work = BlockWork(block, topology, {"up": grid}, {"norm": stats}, {"norm.weight": torch.float32})
+    Smooth()(work, space)
+    s_C = 1 / block["norm"].weight.data
+    torch.testing.assert_close(block["up"].weight.data, w_OC * s_C)
+    sample_SC, max_x_C = stats.sample, stats.max_abs
+    weights = [(w_OC, grid)]
+    strengths = [scale_for(max_x_C, w_OC.abs().amax(0), a / 10) for a in range(3, 10)]
+    best = min(migration_error(weights, sample_SC, candidate_C) for candidate_C in strengths)
+    found = migration_error(weights, sample_SC, s_C)
+    assert found < 0.97 * best if grid.kind == "int" else found == pytest.approx(best, rel=0.01)
 
 
 SCHEMES = [
