@@ -10,8 +10,8 @@ always a candidate, so the choice is never worse than minimum-maximum on the dat
 
 Without calibration data H_g is the identity, and only ratios near 1 are tried: they undo what rounding the scale to 8
 significant bits does to a group (SmolLM2-135M, 4 bits, group 64: perplexity 42.4 becomes 40.3), while clipping by the
-error of the weights alone made that model worse. Integers of 8 bits keep the extremes: ratios make their error no smaller
-that counts, and the perplexity larger (W8A8: 29.66 becomes 29.82).
+error of the weights alone made that model worse. Integers of 8 bits keep the extremes: their steps are too small for that
+harm.
 
 Legend: O output channels, I input columns, R groups of rows, G groups of columns, K columns of a group (I = G * K).
 """
