@@ -7,10 +7,11 @@
 Perplexity says little about a small change: it can even fall by luck. KL sees every change of every probability and its
 tail (99.9 %) shows the tokens that went wrong, which a mean hides. Both models see the same windows.
 
-Memory: the hidden states of all windows once per model, one block, then the two heads and the logits of a few tokens.
+Memory: the hidden states of all windows once per model, one block, then the two heads and the logits of some tokens: a
+quarter of a head, unless that is a small one.
 log-softmax in fp32, sums in float64. A model compared with itself gives a KL of exactly zero.
 
-Legend: N windows, T tokens of a window, P predicted tokens (N * (T - 1)), K tokens of one chunk, C width, V vocabulary.
+Legend: N windows, T tokens of a window, P predicted tokens (N * (T - 1)), K tokens of one piece, C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from infopt.errors import VerificationFailed
 from infopt.runtime.model import RuntimeModel
 from infopt.team import ALONE, Team
 
-_LOGITS_PER_CHUNK = 2 * 2**20  # 8 MiB of fp32 for each of the five tensors of this size; fewer tokens are slower
+_LOGITS_PER_PIECE = 2**19  # 2 MiB of fp32: what is done with logits after each other stays in a processor's cache
 _BYTES_PER_READ = 16 * 2**20
 
 
@@ -64,8 +65,8 @@ def perplexity(
     hidden_NTC = model.last_hidden(windows_NT, on_block)
     model.load_outer()
     total, count = 0.0, 0
-    for hidden_KC, next_K in _chunks(model, hidden_NTC, windows_NT):
-        log_q_KV = _log_probabilities(model, hidden_KC)
+    for logits_KV, next_K in _logits(model, hidden_NTC, windows_NT):
+        log_q_KV = _log_probabilities(model, logits_KV)
         total -= log_q_KV.gather(1, next_K[:, None].to(log_q_KV.device)).sum(dtype=torch.float64).item()
         count += len(next_K)
     model.free_outer()
@@ -132,10 +133,10 @@ def _token_by_token(
     reference: RuntimeModel, hidden_r_NTC: Tensor, candidate: RuntimeModel, hidden_c_NTC: Tensor, windows_NT: Tensor
 ) -> Iterator[Tensor]:
     """Of some predicted tokens at a time, float64 [K, 4]: both models' -log probabilities, whether they agree, the KL."""
-    pairs = zip(_chunks(reference, hidden_r_NTC, windows_NT), _chunks(reference, hidden_c_NTC, windows_NT), strict=True)
-    for (hidden_r_KC, next_K), (hidden_c_KC, _) in pairs:
-        log_p_KV = _log_probabilities(reference, hidden_r_KC)
-        log_q_KV = _log_probabilities(candidate, hidden_c_KC)
+    pairs = zip(_logits(reference, hidden_r_NTC, windows_NT), _logits(candidate, hidden_c_NTC, windows_NT), strict=True)
+    for (logits_r_KV, next_K), (logits_c_KV, _) in pairs:
+        log_p_KV = _log_probabilities(reference, logits_r_KV)
+        log_q_KV = _log_probabilities(candidate, logits_c_KV)
         nll_K2 = [-log_KV.gather(1, next_K[:, None])[:, 0].double() for log_KV in (log_p_KV, log_q_KV)]
         agree_K = (log_p_KV.argmax(1) == log_q_KV.argmax(1)).double()
         yield torch.stack([*nll_K2, agree_K, _kl(log_p_KV, log_q_KV)], 1)
@@ -168,18 +169,24 @@ def _load_heads(reference: RuntimeModel, candidate: RuntimeModel) -> None:
         candidate.load_outer({key: tensors[key] for key in keys if identical(reference.reader, candidate.reader, key)})
 
 
-def _chunks(model: RuntimeModel, hidden_NTC: Tensor, windows_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(hidden_KC, next token ids_K) for the tokens that have a next one, in order."""
-    size = max(1, _LOGITS_PER_CHUNK // model.skeleton.config.get_text_config().vocab_size)
+def _logits(model: RuntimeModel, hidden_NTC: Tensor, windows_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits_KV fp32, next token ids_K) for the tokens that have a next one, in order.
+
+    The head is read once for so many tokens that their logits take an eighth of its memory, and handed out piece by piece.
+    """
+    piece = max(1, _LOGITS_PER_PIECE // model.skeleton.config.get_text_config().vocab_size)
+    size = max(piece, hidden_NTC.shape[-1] // 8)
     for hidden_TC, ids_T in zip(hidden_NTC, windows_NT, strict=True):
         for start in range(0, len(ids_T) - 1, size):
             stop = min(start + size, len(ids_T) - 1)
-            yield hidden_TC[start:stop], ids_T[start + 1 : stop + 1]
+            pieces = model.logits(hidden_TC[start:stop]).split(piece)
+            yield from zip(pieces, ids_T[start + 1 : stop + 1].split(piece), strict=True)
+            del pieces  # before the next ones are made
 
 
-def _log_probabilities(model: RuntimeModel, hidden_KC: Tensor) -> Tensor:
+def _log_probabilities(model: RuntimeModel, logits_KV: Tensor) -> Tensor:
     """log q [K, V] in fp32; VerificationFailed if one is not a number."""
-    log_q_KV = torch.log_softmax(model.logits(hidden_KC), dim=-1)
+    log_q_KV = torch.log_softmax(logits_KV, dim=-1)
     if not math.isfinite(log_q_KV.sum(dtype=torch.float64).item()):
         raise VerificationFailed(
             f"{model.folder}: the model answers with logits that are not finite",
