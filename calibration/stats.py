@@ -10,7 +10,7 @@ Legend: T tokens, C channels of the space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -195,6 +195,18 @@ class InputStats:
     def _check(self, what: str) -> None:
         if what not in self.needs:
             raise ValueError(f"{what} was not gathered")
+
+
+def merged(parts: Iterable[dict[str, InputStats]]) -> dict[str, InputStats]:
+    """By space, what parts of the data gave, added up in their order; the first part that has a space takes the others in."""
+    whole: dict[str, InputStats] = {}
+    for part in parts:
+        for name, stats in part.items():
+            if name in whole:
+                whole[name].merge(stats)
+            else:
+                whole[name] = stats
+    return whole
 
 
 def _panels(gram_CC: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -17,25 +17,25 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
+from infopt.calibration.batches import Batches
 from infopt.calibration.experts import spaces_of
 from infopt.calibration.felt import feel
 from infopt.calibration.hidden import ORIGINAL, RUN, HiddenFiles
 from infopt.calibration.lanes import LANES, Lanes
 from infopt.calibration.muted import muted
-from infopt.calibration.padding import check_causal, only_real, only_real_heads, real_tokens
-from infopt.calibration.paused import Arrival, Held, ParkingFile, Paused, stops
+from infopt.calibration.padding import check_causal, only_real, only_real_heads
+from infopt.calibration.paused import ParkingFile, stops
 from infopt.calibration.routed import RoutedLayer
-from infopt.calibration.stats import EVERYTHING, HeadSums, InputStats
+from infopt.calibration.stats import EVERYTHING, HeadSums, InputStats, merged
+from infopt.calibration.walk import Track, Walk
 from infopt.errors import BadInput, Unsupported
 from infopt.experts import experts_in
 from infopt.kv_cache import LeafCache, WatchingCache, with_cache
@@ -44,7 +44,6 @@ from infopt.model import BlockCall, Skeleton
 from infopt.team import ALONE, Team
 from infopt.topology import Space, Topology
 
-_BATCH_TOKENS = 512
 _WATCHED = 8  # batches whose keys and values decide the scales of the cache
 
 
@@ -52,41 +51,33 @@ class Stream:
     """The hidden states of `windows_NT` on their way through the blocks of `skeleton`; files go into `folder`.
 
     hold: bytes of activations that may stay in memory while a pass through a block is stopped. min_expert_tokens: experts
-    that fewer tokens reach are shown the whole batch. first_token: how often a window's first token counts outside of experts.
-    Of a team each process has its own windows and its own folder; the statistics are everybody's.
+    that fewer tokens reach are shown the whole batch. Of a team each process has its own windows and its own folder; the
+    statistics are everybody's.
     """
 
     def __init__(
         self, skeleton: Skeleton, windows_NT: torch.Tensor, folder: Path, twin: bool = False, team: Team = ALONE
     ) -> None:
         self._twin, self._team, self._skeleton, self._folder = twin, team, skeleton, folder
-        self._real_NT = real_tokens(windows_NT)
-        self._windows_NT = windows_NT.clamp_min(0)
-        self.hold, self.min_expert_tokens, self.first_token = 0, 0, 1
+        self.batches = Batches(windows_NT)
+        self.hold, self.min_expert_tokens = 0, 0
         self.cache: Any = None  # given to a block in place of no key-value cache
-        count, length = windows_NT.shape
-        size = max(1, _BATCH_TOKENS // length)
-        self._batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         self._lanes = Lanes()
         tracks = (RUN, ORIGINAL) if twin else (RUN,)
-        self._hidden = HiddenFiles(folder, length, skeleton.width, tracks)
-        self._parking = {track: [ParkingFile(folder) for _ in self._batches] for track in (RUN, ORIGINAL)}
+        self._hidden = HiddenFiles(folder, self.batches.length, skeleton.width, tracks)
+        self._parking = {track: [ParkingFile(folder) for _ in self.batches] for track in tracks}
 
     @property
     def batch_tokens(self) -> int:
         """Tokens of the largest batch."""
-        return max(map(len, self._batches)) * self._windows_NT.shape[1]
-
-    @property
-    def batch_count(self) -> int:
-        return len(self._batches)
+        return self.batches.tokens
 
     @torch.no_grad()
     def start(self) -> str:
         """Embed every window; returns the digest of block 0's input. Loads and frees the outer parts."""
         self._skeleton.load_outer()
         try:
-            self.write(0, (self._skeleton.embed(self._windows_NT[b.start : b.stop]) for b in self._batches))
+            self.write(0, map(self._skeleton.embed, self.batches.ids()))
             self._hidden.copy(0)
             return self._hidden.digest(0)
         finally:
@@ -119,7 +110,7 @@ class Stream:
             return self.gather(i, block, topology, needs), None
         with self._hidden.path(i + 1).open("wb") as file:
             stats = self._observe(
-                i, block, topology.spaces, needs, lambda batch, out: self._hidden.write(file, self._batches[batch], out)
+                i, block, topology.spaces, needs, lambda batch, out: self._hidden.write(file, self.batches[batch], out)
             )
         return self._complete(i, block, topology, stats, needs), self._hidden.digest(i + 1)
 
@@ -170,8 +161,8 @@ class Stream:
             def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 mine = space.readers[0].startswith(inside)  # an expert's own tokens, among which there is no padding
                 batch = None if mine else self._lanes.number
-                x = only_real(args[0], self.real(batch))
-                lanes[self._lanes.current][space.name].add(x, weight_T=self._weight(batch))
+                x = only_real(args[0], self.batches.real(batch))
+                lanes[self._lanes.current][space.name].add(x, weight_T=self.batches.weight(batch))
 
             return hook
 
@@ -181,7 +172,7 @@ class Stream:
                 reader = block.get_submodule(space.readers[0])
                 stack.callback(reader.register_forward_pre_hook(count(space)).remove)
             self._run(i, block, then)
-        return {name: stats.unite(self._team) for name, stats in _merged(lanes).items()}
+        return {name: stats.unite(self._team) for name, stats in merged(lanes).items()}
 
     @torch.no_grad()
     def watch_cache(self, i: int, block: nn.Module, first: int = 0) -> dict[str, list[torch.Tensor]]:
@@ -191,7 +182,8 @@ class Stream:
         for _ in islice(self.outputs(i, block), _WATCHED):
             pass
         self.cache = None
-        real = [None if mask is None else mask[:, watching.some] for mask in map(self.real, range(_WATCHED))]
+        masks = map(self.batches.real, range(_WATCHED))
+        real = [None if mask is None else mask[:, watching.some] for mask in masks]
         return {
             which: [self._team.gather(torch.cat([only_real_heads(*part) for part in zip(parts, real, strict=False)]))]
             for which, parts in watching.seen.items()
@@ -201,7 +193,7 @@ class Stream:
     def feel_cache(self, i: int, block: nn.Module, first: int = 0) -> dict[str, HeadSums]:
         """Sums of the same keys and values, all tokens from `first` on, and of derivatives by them (`calibration/felt.py`)."""
         self.cache = leaf = LeafCache()
-        sums = feel(leaf, islice(self.outputs(i, block), _WATCHED), map(self.real, range(_WATCHED)), first)
+        sums = feel(leaf, islice(self.outputs(i, block), _WATCHED), map(self.batches.real, range(_WATCHED)), first)
         self.cache = None
         return {which: of.unite(self._team) for which, of in sums.items()}
 
@@ -221,79 +213,35 @@ class Stream:
         what the original model makes of the data, and is never changed.
         """
         last = i + 1 == len(self._skeleton.blocks)
-        stats: list[dict[str, InputStats]] = [{} for _ in range(LANES)]
-        waiting: dict[int, str] = {}
         self._prepare(i, block)
-        tracks = [_Track(RUN, block, self.cache, self._parking[RUN], self._layers(block, needs))]
-        if self._twin:
-            original = deepcopy(block)
-            tracks.append(_Track(ORIGINAL, original, None, self._parking[ORIGINAL], self._layers(original, needs)))
-        layers, twins = tracks[0].layers, tracks[-1].layers if self._twin else {}
-        held = [Held(self.hold // LANES) for _ in range(LANES)]
-
-        def begin(batch: int) -> None:
-            windows = self._batches[batch]
-            for track in tracks:
-                run = partial(self._call(i, track.block, windows, track.cache).run, track.block)
-                track.forwards[batch] = Paused(run, self._hidden.read(track.input, windows), track.parking[batch])
-            go_on(batch)
-
-        def go_on(batch: int, place: str = "") -> None:
-            inputs = []
-            for track in tracks:
-                given = track.layers[place].output(batch) if place in track.layers else None
-                answer = track.forwards[batch].resume(given)
-                del given
-                if isinstance(answer, torch.Tensor):
-                    self._hidden.write(track.output, self._batches[batch], answer)
-                elif isinstance(answer, Arrival):
-                    waiting[batch] = answer.path
-                    start = self._batches[batch].start * self._windows_NT.shape[1]
-                    track.layers[answer.path].arrive(batch, start, answer)
-                else:
-                    space, x = answer
-                    waiting[batch] = space.name
-                    inputs.append(only_real(x, self.real(batch)))
-                    if space.name not in stats[batch % LANES]:
-                        stats[batch % LANES][space.name] = InputStats(space.width, needs)
-                    del x
-                del answer
-            if inputs:
-                stats[batch % LANES][waiting[batch]].add(inputs[0], next(iter(inputs[1:]), None), self._weight(batch))
-            del inputs
-            for track in tracks:
-                held[batch % LANES].park(waiting.get(batch, ""), track.forwards[batch])
+        original = deepcopy(block) if self._twin else None  # before its passes are made to stop
 
         def checked(space: Space, found: InputStats) -> None:
             self._check_finite(i, space, found)
             at_space(space, found)
 
         with ExitStack() as stack:
-            for track in tracks:
-                stack.enter_context(stops(track.block, topology))
-                track.input = stack.enter_context(self._hidden.path(i, track.name).open("rb"))
-                target = Path(os.devnull) if last else self._hidden.path(i + 1, track.name)
-                track.output = stack.enter_context(target.open("wb"))
-                # a stopped pass is taken down in the thread where it stands
-                stack.callback(self._lanes.over, range(len(self._batches)), track.drop)
-            self._lanes.over(range(len(self._batches)), begin)
+            tracks = [self._track(stack, i, RUN, block, self.cache, topology, needs)]
+            if original is not None:
+                tracks.append(self._track(stack, i, ORIGINAL, original, None, topology, needs))
+            layers, twins = tracks[0].layers, {} if original is None else tracks[1].layers
+            walk = Walk(tracks, self.batches, self._hidden, self._lanes, needs, self.hold)
+            stack.callback(walk.drop)
+            walk.begin()
             places = _places(topology, list(layers))
             for place, spaces in places.items():
                 if place in layers:
                     layers[place].serve(spaces_of(topology, place), checked, self.min_expert_tokens, twins.get(place))
                 else:
-                    found = _merged([{place: lane.pop(place)} for lane in stats if place in lane])
-                    checked(spaces[0], (found.get(place) or InputStats(spaces[0].width, needs)).unite(self._team))
+                    checked(spaces[0], walk.statistics(spaces[0]).unite(self._team))
                 if last and place == list(places)[-1]:
                     break  # nobody reads what comes out of the model here
                 release()
-                stopped = sorted(batch for batch, name in waiting.items() if name == place)
-                for batch in stopped:
-                    del waiting[batch]
-                self._lanes.over(stopped, partial(go_on, place=place))
+                walk.go_on(place)
+            waiting = sorted(set(walk.waiting.values()))
         if waiting and not last:
             raise Unsupported(
-                f"{self._skeleton.blocks[i]} reads {min(waiting.values())} more than once or out of order.",
+                f"{self._skeleton.blocks[i]} reads {waiting[0]} more than once or out of order.",
                 "Its layers cannot be quantized one space after another.",
                 "Use `--sequential block`.",
             )
@@ -304,15 +252,15 @@ class Stream:
         """Run block i as it is now; returns the digest of block i+1's input. Not for a stream with a twin."""
         self._prepare(i, block)
         with self._hidden.path(i + 1).open("wb") as file:
-            self._run(i, block, lambda batch, output: self._hidden.write(file, self._batches[batch], output))
+            self._run(i, block, lambda batch, output: self._hidden.write(file, self.batches[batch], output))
         return self._hidden.digest(i + 1)
 
     def inputs(self, i: int) -> Iterator[tuple[torch.Tensor, BlockCall | None]]:
         """The input of block i [B, T, C], batch by batch, each with the block's call; None beyond the last block."""
         beyond = i == len(self._skeleton.blocks)
         with self._hidden.path(i).open("rb") as file:
-            for windows in self._batches:
-                call = None if beyond else self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+            for windows in self.batches:
+                call = None if beyond else self._skeleton.calls(len(windows), self.batches.length)[i]
                 yield self._hidden.read(file, windows), call
 
     def forget(self, i: int) -> None:
@@ -323,53 +271,60 @@ class Stream:
         """Make these batches the input of block i."""
         self._hidden.store(i, hidden)
 
-    def _layers(self, block: nn.Module, needs: frozenset[str]) -> dict[str, RoutedLayer]:
-        made = partial(RoutedLayer, tokens=self._windows_NT.numel(), folder=self._folder, needs=needs, team=self._team)
-        return {path: made(experts) for path, experts in experts_in(block).items()}
+    def _track(
+        self,
+        stack: ExitStack,
+        i: int,
+        name: str,
+        block: nn.Module,
+        cache: Any,
+        topology: Topology,
+        needs: frozenset[str],
+    ) -> Track:
+        """The block on its way through a track's hidden states; it stops, and files are open, until the stack is left."""
+        tokens = self.batches.windows_NT.numel()
+        routed = partial(RoutedLayer, tokens=tokens, folder=self._folder, needs=needs, team=self._team)
+        last = i + 1 == len(self._skeleton.blocks)
+        target = Path(os.devnull) if last else self._hidden.path(i + 1, name)
+        stack.enter_context(stops(block, topology))
+        return Track(
+            run=lambda windows: partial(self._call(i, block, windows, cache).run, block),
+            parking=self._parking[name],
+            layers={path: routed(experts) for path, experts in experts_in(block).items()},
+            input=stack.enter_context(self._hidden.path(i, name).open("rb")),
+            output=stack.enter_context(target.open("wb")),
+        )
 
     def outputs(self, i: int, block: nn.Module) -> Iterator[torch.Tensor]:
         """Block i's answer to every batch [B, T, C], as it is now."""
         with self._hidden.path(i).open("rb") as file:
-            for windows in self._batches:
+            for windows in self.batches:
                 yield self._call(i, block, windows, self.cache).run(block, self._hidden.read(file, windows))
-
-    def real(self, batch: int | None) -> torch.Tensor | None:
-        """Which entries of a batch are tokens, bool [B, T]; None where all are, and for no batch."""
-        if self._real_NT is None or batch is None or batch >= len(self._batches):
-            return None
-        return self._real_NT[self._batches[batch].start : self._batches[batch].stop]
-
-    def _weight(self, batch: int | None) -> torch.Tensor | None:
-        """How often each token of a batch counts, fp32; None where all do once."""
-        if self.first_token == 1 or batch is None:
-            return None
-        weight_T = torch.tensor([self.first_token, *[1.0] * (self._windows_NT.shape[1] - 1)])
-        return only_real(weight_T.expand(len(self._batches[batch]), -1), self.real(batch)).flatten()
 
     def _run(self, i: int, block: nn.Module, then: Callable[[int, torch.Tensor], None]) -> None:
         """Block i's answer to every batch [B, T, C], as it is now, on the lanes."""
 
         def run(batch: int) -> None:
-            windows = self._batches[batch]
+            windows = self.batches[batch]
             then(batch, self._call(i, block, windows, self.cache).run(block, self._hidden.read(file, windows)))
 
         with self._hidden.path(i).open("rb") as file:
-            self._lanes.over(range(len(self._batches)), run)
+            self._lanes.over(range(len(self.batches)), run)
 
     def _prepare(self, i: int, block: nn.Module) -> None:
         """Calls are made here, because making one runs the model's outer parts, which are loaded and freed: not for two lanes
         at once."""
-        for count in {len(windows) for windows in self._batches}:
-            self._skeleton.calls(count, self._windows_NT.shape[1])
-        if self._real_NT is not None:
+        for count in self.batches.sizes:
+            self._skeleton.calls(count, self.batches.length)
+        if self.batches.padded:
             hidden_BTC, call = next(self.inputs(i))
             if call is not None:
                 check_causal(self._skeleton.blocks[i], block, call, hidden_BTC)
             for experts in experts_in(block).values():
-                experts.real = lambda: self.real(self._lanes.number)
+                experts.real = lambda: self.batches.real(self._lanes.number)
 
     def _call(self, i: int, block: nn.Module, windows: range, cache: Any) -> BlockCall:
-        call = self._skeleton.calls(len(windows), self._windows_NT.shape[1])[i]
+        call = self._skeleton.calls(len(windows), self.batches.length)[i]
         return with_cache(call, block, cache) if cache else call
 
     def _check_finite(self, i: int, space: Space, stats: InputStats) -> None:
@@ -389,32 +344,3 @@ def _places(topology: Topology, layers: list[str]) -> dict[str, list[Space]]:
         inside = [path for path in layers if space.readers[0].startswith(f"{path}.")]
         places[inside[0] if inside else space.name].append(space)
     return places
-
-
-@dataclass
-class _Track:
-    """A block on its way through the data in `walk`: as it becomes, or as it was."""
-
-    name: str
-    block: nn.Module
-    cache: Any
-    parking: list[ParkingFile]
-    layers: dict[str, RoutedLayer]
-    forwards: dict[int, Paused] = field(default_factory=dict)
-    input: BufferedReader = field(init=False)
-    output: BinaryIO = field(init=False)
-
-    def drop(self, batch: int) -> None:
-        self.forwards.pop(batch, None)
-
-
-def _merged(lanes: list[dict[str, InputStats]]) -> dict[str, InputStats]:
-    """By space, what the lanes counted, added up in their order."""
-    merged: dict[str, InputStats] = {}
-    for lane in lanes:
-        for name, stats in lane.items():
-            if name in merged:
-                merged[name].merge(stats)
-            else:
-                merged[name] = stats
-    return merged

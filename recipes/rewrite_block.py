@@ -50,7 +50,7 @@ class Streams:
 
     def batches(self, i: int, held: bool) -> Iterator[Batch]:
         """What rewritten block i reads and should answer: the held-out batches, or the others. A single batch is both."""
-        count = self.new.batch_count
+        count = len(self.new.batches)
         pairs = zip(self.new.inputs(i), self.old.inputs(i + 1), strict=True)
         for number, ((hidden_BTC, call), (wanted_BTC, _)) in enumerate(pairs):
             is_held = number % _HELD_OUT == _HELD_OUT - 1 or (count < _HELD_OUT and number == count - 1)

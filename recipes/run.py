@@ -100,7 +100,7 @@ class Run:
             share_NT, twin = team.share(windows_NT), "shift" in needs_of(steps)
             self._stream = Stream(self.skeleton, share_NT, output.work / "hidden", twin, team)
             first = recipe.first_token if (data_report or {}).get("beginning") else 1
-            self._stream.min_expert_tokens, self._stream.first_token = recipe.min_expert_tokens, first
+            self._stream.min_expert_tokens, self._stream.batches.first_token = recipe.min_expert_tokens, first
 
     def _held(self, made: Plan) -> Plan:
         """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""

@@ -145,7 +145,7 @@ def _change(stream: Stream, i: int, block: nn.Module, outputs: list[torch.Tensor
     total, count = 0.0, 0
     for batch, (new_BTC, old_BTC) in enumerate(zip(stream.outputs(i, block), outputs, strict=True)):
         relative_BT = (new_BTC - old_BTC).square().sum(-1) / old_BTC.square().sum(-1).clamp_min(1e-30)
-        relative_R = only_real(relative_BT, stream.real(batch))
+        relative_R = only_real(relative_BT, stream.batches.real(batch))
         total += relative_R.sum(dtype=torch.float64).item()
         count += relative_R.numel()
     return total / count

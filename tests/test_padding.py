@@ -57,7 +57,7 @@ def test_a_first_token_that_counts_thrice(family: str, tmp_path: Path) -> None:
     skeleton = skeleton_of(tiny(family, tmp_path / "m"))
     windows = {"all": padded(rows()), "thrice": padded(rows()), "firsts": torch.tensor([row[:1] for row in rows()])}
     streams = {name: Stream(skeleton, ids, tmp_path / name) for name, ids in windows.items()}
-    streams["thrice"].first_token = 3
+    streams["thrice"].batches.first_token = 3
     topology, block = discover(skeleton, 0), skeleton.load_block(0)
     for stream in streams.values():
         stream.start()
