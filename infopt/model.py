@@ -248,6 +248,10 @@ class Skeleton:
 
         The outer parts must be loaded.
         """
+        return self.tail(hidden_BTC)
+
+    def tail(self, hidden_BTC: Tensor) -> Tensor:
+        """`logits`, for derivatives too."""
         first = self._block_list()[0]
 
         def hand_over(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

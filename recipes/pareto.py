@@ -18,5 +18,5 @@ def pareto_svg(report: dict[str, Any]) -> str:
     everything = [*line, *uniform, chosen]
     x0, x1 = min(x for x, _ in everything), max(x for x, _ in everything)
     y0, y1 = min(y for _, y in everything), max(y for _, y in everything)
-    above = f"sum of relative errors: 1e{y1:.1f} (top) to 1e{y0:.1f} (bottom)"
+    above = f"expected KL divergence, nats: 1e{y1:.1f} (top) to 1e{y0:.1f} (bottom)"
     return svg([Chart([("#06c", line)], dots, above, f"average bits of a weight: {x0:.2f} to {x1:.2f}")])

@@ -1,12 +1,20 @@
 """How much each part of a model suffers from fewer bits, measured once in the stream, and the bits that follow from it.
 
-For every space of every block and every candidate number of bits the space's readers alone are rounded, the block is run on
-some of the calibration windows, and the change of its output is compared with the output, token by token:
+For every space of every block and every candidate number of bits the space's readers alone are rounded, and the block is run
+on some of the calibration windows. What its output's change does to the model's answer is a derivative away: where g is that of
+-log p(token) by the block's output, for a token drawn from the model's own answer p, the KL divergence that a change d of
+the output leaves is to second order
 
-    e = mean over tokens of ||out' - out||^2 / ||out||^2
+    E[(g . d)^2] / 2
 
-Readers of one space get the same bits, because servers fuse them. The float model's activations go on to the next block, so
-every number is about one part alone.
+(Fisher's information; LeCun, Denker and Solla 1989 take the Hessian, Kim et al. 2024, arXiv:2306.07629, the same squares of
+gradients). So all numbers are nats a token, of whatever block, and they add up to what the model loses. Products between
+tokens are left out.
+
+The derivatives travel from the end of the model to its beginning, one block at a time, as activations do the other way.
+Readers of one space get the same bits, because servers fuse them.
+
+Legend: B windows of a batch, T tokens of a window, C hidden width, K some tokens, V vocabulary, R real tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infopt.calibration.discover import discover, structure_key
 from infopt.calibration.padding import only_real
@@ -27,6 +35,7 @@ from infopt.calibration.stream import Stream
 from infopt.errors import BadInput
 from infopt.header import read_json
 from infopt.memory import release
+from infopt.model import Skeleton
 from infopt.output import write_json
 from infopt.quantizers.rounding import CLIPPING, choose_range, group_forms, round_nearest
 from infopt.quantizers.search import Allocation, allocate
@@ -38,14 +47,14 @@ from infopt.topology import Op, Topology
 
 @dataclass(frozen=True)
 class Part:
-    """The readers of one space, by their module paths: weights in all of them, and the error at each candidate's bits."""
+    """The readers of one space, by their module paths: weights in all of them, and the nats lost at each candidate's bits."""
 
     names: tuple[str, ...]
     weights: int
     errors: tuple[float, ...]
 
 
-def measure(run: Run, windows_NT: torch.Tensor, on_block: Callable[[int], None]) -> list[Part]:
+def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> list[Part]:
     """Every part's errors at `run.recipe.target.choices`. A finished measurement in the work folder is used again."""
     target, path = run.recipe.target, run.output.work / "sensitivity.json"
     if target is None:
@@ -55,9 +64,15 @@ def measure(run: Run, windows_NT: torch.Tensor, on_block: Callable[[int], None])
         return found
     stream = Stream(run.skeleton, windows_NT, run.output.work / "sensitivity")
     stream.start()
+    for i in range(run.blocks):
+        stream.advance(i, run.skeleton.load_block(i))
+        run.skeleton.free_block(i)
+        release()
+    gradients = at_the_end(run.skeleton, stream)
+    stream.forget(run.blocks)
     topologies: dict[Any, Topology] = {}
     parts: list[Part] = []
-    for i in range(run.blocks):
+    for i in reversed(range(run.blocks)):
         block = run.skeleton.load_block(i)
         key = structure_key(block)
         if key not in topologies:
@@ -73,14 +88,13 @@ def measure(run: Run, windows_NT: torch.Tensor, on_block: Callable[[int], None])
                     if f"{run.skeleton.blocks[i]}.{op.name}" in run.plan.grids
                 ]
                 if ops:
-                    change = partial(_change, stream, i, block, outputs)
-                    parts.append(_part(run, i, block, ops, target.choices, stats[space.name].gram, change))
-        stream.write(i + 1, outputs)
+                    loss = partial(_loss, stream, i, block, outputs, gradients)
+                    parts.append(_part(run, i, block, ops, target.choices, stats[space.name].gram, loss))
+        gradients = before(stream, i, block, gradients)
         stream.forget(i)
         run.skeleton.free_block(i)
         release()
         on_block(i)
-    stream.forget(run.blocks)
     write_json(path, {"mark": mark, "parts": [part.__dict__ for part in parts]})
     return parts
 
@@ -120,8 +134,8 @@ def _part(
     block: nn.Module,
     ops: list[Op],
     choices: tuple[int, ...],
-    gram_CC: torch.Tensor,
-    change: Callable[[], float],
+    gram_CC: Tensor,
+    loss: Callable[[], float],
 ) -> Part:
     names = tuple(f"{run.skeleton.blocks[i]}.{op.name}" for op in ops)
     weights = [block.get_submodule(op.name).get_parameter("weight").data for op in ops]
@@ -135,19 +149,61 @@ def _part(
             form = group_forms(gram_CC, width) if w_OI.shape[1] % width == 0 else None
             q_OI = round_nearest(w_OI, grid, *choose_range(w_OI, grid, form, CLIPPING)).dequantize()
             weight.copy_(q_OI.T if op.kind == "conv1d" else q_OI)
-        errors.append(change())
+        errors.append(loss())
     for weight, old in zip(weights, kept, strict=True):
         weight.copy_(old)
     return Part(names, sum(op.out_features * op.in_features for op in ops), tuple(errors))
 
 
-def _change(stream: Stream, i: int, block: nn.Module, outputs: list[torch.Tensor]) -> float:
+def at_the_end(skeleton: Skeleton, stream: Stream) -> list[Tensor]:
+    """Of every batch [B, T, C]: the derivatives of -log p(token) by the last block's output, zero where there is no token."""
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    with skeleton.outer_loaded():
+        for batch, (hidden_BTC, _) in enumerate(stream.inputs(len(skeleton.blocks))):
+            some = max(1, hidden_BTC.shape[-1] // 8)  # their logits take an eighth of the head's memory
+            parts = [_drawn(skeleton, hidden_KC, draw) for hidden_KC in hidden_BTC.flatten(0, 1).split(some)]
+            gradient_BTC, real_BT = torch.cat(parts).view_as(hidden_BTC), stream.batches.real(batch)
+            found.append(gradient_BTC if real_BT is None else gradient_BTC * real_BT[..., None])
+    return found
+
+
+def _drawn(skeleton: Skeleton, hidden_KC: Tensor, draw: torch.Generator) -> Tensor:
+    hidden_KC = hidden_KC.detach().requires_grad_()
+    with torch.enable_grad():
+        log_p_KV = skeleton.tail(hidden_KC[None])[0].float().log_softmax(-1)
+        p_KV = log_p_KV.detach().exp()
+        if not p_KV.isfinite().all():
+            raise BadInput(
+                f"{skeleton.blocks[-1]} leads to logits that are not finite",
+                "the model overflows or its weights are damaged",
+                "check it with `infopt eval MODEL`",
+            )
+        token_K1 = torch.multinomial(p_KV, 1, generator=draw)
+        (gradient_KC,) = torch.autograd.grad(-log_p_KV.gather(1, token_K1).sum(), hidden_KC)
+    return gradient_KC
+
+
+def before(stream: Stream, i: int, block: nn.Module, gradients: list[Tensor]) -> list[Tensor]:
+    """Derivatives by block i's input, of those by its output; of every batch [B, T, C]."""
+    found = []
+    for (hidden_BTC, call), gradient_BTC in zip(stream.inputs(i), gradients, strict=True):
+        if call is None:
+            raise ValueError("nothing comes before what is behind the last block")
+        with torch.enable_grad():
+            answer_BTC = call.run(block, hidden_BTC.requires_grad_())
+            found += torch.autograd.grad(answer_BTC, hidden_BTC, gradient_BTC)
+    return found
+
+
+def _loss(stream: Stream, i: int, block: nn.Module, outputs: list[Tensor], gradients: list[Tensor]) -> float:
+    """Nats a token that block i's answers, as it is now, are worse than `outputs`."""
     total, count = 0.0, 0
-    for batch, (new_BTC, old_BTC) in enumerate(zip(stream.outputs(i, block), outputs, strict=True)):
-        relative_BT = (new_BTC - old_BTC).square().sum(-1) / old_BTC.square().sum(-1).clamp_min(1e-30)
-        relative_R = only_real(relative_BT, stream.batches.real(batch))
-        total += relative_R.sum(dtype=torch.float64).item()
-        count += relative_R.numel()
+    for batch, new_BTC in enumerate(stream.outputs(i, block)):
+        felt_BT = ((new_BTC - outputs[batch]) * gradients[batch]).sum(-1)
+        felt_R = only_real(felt_BT, stream.batches.real(batch))
+        total += felt_R.square().sum(dtype=torch.float64).item() / 2
+        count += felt_R.numel()
     return total / count
 
 

@@ -8,12 +8,15 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from infopt.calibration.stream import Stream
 from infopt.errors import UsageError
 from infopt.quantizers.search import allocate
+from infopt.recipes.sensitivity import _loss, at_the_end, before
 
-from .tools import infopt, text, tiny
+from .tools import infopt, skeleton_of, text, tiny
 
 CALIBRATION = ("--num-samples", "8", "--seqlen", "32", "--verify-samples", "2", "--group-size", "32")
 
@@ -102,3 +105,59 @@ def test_overrides_by_pattern(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe))
     wrong = infopt("quantize", model, "-o", tmp_path / "p", "--recipe", path)
     assert wrong.code == 2 and "dwn_proj" in wrong.err
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_derivatives_that_travel_block_by_block(family: str, tmp_path: Path) -> None:
+    """By every block's output, the same as autograd's through the whole model at once."""
+    skeleton = skeleton_of(tiny(family, tmp_path / "m"))
+    stream = Stream(skeleton, torch.randint(5, 60, (3, 16), generator=torch.Generator().manual_seed(1)), tmp_path / "s")
+    stream.start()
+    blocks = [skeleton.load_block(i) for i in range(len(skeleton.blocks))]
+    for i, block in enumerate(blocks):
+        stream.advance(i, block)
+    gradients = at_the_end(skeleton, stream)
+    ((hidden_BTC, _),) = stream.inputs(0)
+    answers = [hidden_BTC.requires_grad_()]
+    for block, call in zip(blocks, skeleton.calls(*hidden_BTC.shape[:2]), strict=True):
+        answers.append(call.run(block, answers[-1]))
+    draw = torch.Generator().manual_seed(0)
+    with skeleton.outer_loaded():
+        log_p_KV = torch.log_softmax(skeleton.tail(answers[-1]).flatten(0, 1), -1)
+        some = log_p_KV.detach().exp().split(max(1, hidden_BTC.shape[-1] // 8))
+        drawn_K1 = torch.cat([torch.multinomial(p_KV, 1, generator=draw) for p_KV in some])
+        wanted = torch.autograd.grad(-log_p_KV.gather(1, drawn_K1).sum(), answers)
+    for i in reversed(range(len(blocks))):
+        torch.testing.assert_close(gradients[0], wanted[i + 1], rtol=1e-3, atol=1e-5)
+        gradients = before(stream, i, blocks[i], gradients)
+    torch.testing.assert_close(gradients[0], wanted[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_expected_loss_is_the_divergence_that_follows(tmp_path: Path) -> None:
+    """Nats, over many tokens: of the last block that divergence itself; of an earlier one without what tokens do to others."""
+    skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
+    stream = Stream(
+        skeleton, torch.randint(5, 60, (256, 32), generator=torch.Generator().manual_seed(1)), tmp_path / "s"
+    )
+    stream.start()
+    blocks = [skeleton.load_block(i) for i in range(len(skeleton.blocks))]
+    for i, block in enumerate(blocks):
+        stream.advance(i, block)
+    gradients = at_the_end(skeleton, stream)
+    with torch.no_grad(), skeleton.outer_loaded():
+        for i in reversed(range(len(blocks))):
+            outputs = list(stream.outputs(i, blocks[i]))
+            weight = blocks[i].get_submodule("mlp.down_proj").weight
+            kept = weight.clone()
+            weight += 0.02 * kept.abs().mean() * torch.randn(kept.shape, generator=torch.Generator().manual_seed(i))
+            expected = _loss(stream, i, blocks[i], outputs, gradients)
+            found = []
+            for (hidden_BTC, _), old_BTC in zip(stream.inputs(len(blocks)), stream.outputs(i, blocks[i]), strict=True):
+                for block, call in list(zip(blocks, skeleton.calls(*old_BTC.shape[:2]), strict=True))[i + 1 :]:
+                    old_BTC = call.run(block, old_BTC)
+                log_p, log_q = (skeleton.tail(x).log_softmax(-1).double() for x in (hidden_BTC, old_BTC))
+                found.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
+            share = expected / torch.cat(found).mean().item()
+            assert 0.95 < share < 1.05 if i + 1 == len(blocks) else 0.5 < share < 1.05
+            weight.copy_(kept)
+            gradients = before(stream, i, blocks[i], gradients)

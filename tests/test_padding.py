@@ -13,12 +13,10 @@ from infopt.calibration.discover import discover
 from infopt.calibration.padding import NO_TOKEN, check_causal, padded, real_tokens
 from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
-from infopt.checkpoint import CheckpointReader
 from infopt.errors import Unsupported
-from infopt.model import Skeleton
-from infopt.recipes.sensitivity import _change
+from infopt.recipes.sensitivity import _loss
 
-from .tools import infopt, text, tiny
+from .tools import infopt, skeleton_of, text, tiny
 
 LENGTHS = (40, 7, 23, 1, 40, 12, 31, 5, 9, 2, 17, 3, 11, 38)  # two batches
 FAMILIES = (
@@ -32,11 +30,6 @@ FAMILIES = (
 def rows() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, 90, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def skeleton_of(model: Path) -> Skeleton:
-    reader = CheckpointReader(model)
-    return Skeleton(reader.config, reader)
 
 
 def merged(parts: list[dict[str, InputStats]]) -> dict[str, InputStats]:
@@ -184,7 +177,7 @@ def test_blocks_that_look_ahead_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_search_of_bits_does_not_look_at_padding(tmp_path: Path) -> None:
-    """The change of a block's output that its rounding makes is the mean over tokens, each row's by its length."""
+    """What the change of a block's output costs is the mean over tokens, each row's by its length."""
     skeleton = skeleton_of(tiny("llama", tmp_path / "m"))
     streams = [Stream(skeleton, padded(rows()), tmp_path / "all")]
     streams += [Stream(skeleton, torch.tensor([row]), tmp_path / str(n)) for n, row in enumerate(rows())]
@@ -194,7 +187,9 @@ def test_the_search_of_bits_does_not_look_at_padding(tmp_path: Path) -> None:
     with torch.no_grad():
         outputs = [list(stream.outputs(0, block)) for stream in streams]
         block.get_submodule("mlp.down_proj").weight.mul_(1.1)
-        whole, *parts = (_change(stream, 0, block, before) for stream, before in zip(streams, outputs, strict=True))
+        gradients = [[torch.where(out > 0, 1.0, out) for out in before] for before in outputs]
+        found = zip(streams, outputs, gradients, strict=True)
+        whole, *parts = (_loss(stream, 0, block, before, felt) for stream, before, felt in found)
     assert whole == pytest.approx(
         sum(n * part for n, part in zip(LENGTHS, parts, strict=True)) / sum(LENGTHS), rel=1e-5
     )

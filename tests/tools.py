@@ -15,7 +15,9 @@ from _pytest.mark import ParameterSet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from infopt.checkpoint import CheckpointReader
 from infopt.cli.main import main
+from infopt.model import Skeleton
 
 from . import families
 
@@ -51,6 +53,11 @@ def slow_unless(quick: bool, *values: object) -> ParameterSet:
 def every_second(start: int) -> list[ParameterSet]:
     """All families, half of them for the slow suite. Tests that ask nearly the same of a family take a half each."""
     return [slow_unless(i % 2 == start, family) for i, family in enumerate(sorted(families.FAMILIES))]
+
+
+def skeleton_of(model: Path) -> Skeleton:
+    reader = CheckpointReader(model)
+    return Skeleton(reader.config, reader)
 
 
 def tiny(family: str, folder: Path, **options: object) -> Path:
