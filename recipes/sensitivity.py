@@ -186,7 +186,7 @@ def _drawn(skeleton: Skeleton, hidden_KC: Tensor, draw: torch.Generator) -> Tens
 
 def before(stream: Stream, i: int, block: nn.Module, gradients: list[Tensor]) -> list[Tensor]:
     """Derivatives by block i's input, of those by its output; of every batch [B, T, C]."""
-    found = []
+    found: list[Tensor] = []
     for (hidden_BTC, call), gradient_BTC in zip(stream.inputs(i), gradients, strict=True):
         if call is None:
             raise ValueError("nothing comes before what is behind the last block")
