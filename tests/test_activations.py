@@ -298,3 +298,11 @@ def test_reference_rounds_inputs() -> None:
     x_TI = torch.randn(3, 32, generator=torch.Generator().manual_seed(6))
     assert torch.equal(reference.linear(x_TI, q), Inputs().round(x_TI) @ q.dequantize().T)
     assert not torch.equal(reference.linear(x_TI, q), x_TI @ q.dequantize().T)
+
+
+@pytest.mark.parametrize("method", ["gptq", "best-4bit"])
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_BLOCK"])
+def test_a_solver_and_one_scale_for_all_of_a_weight(method: str, scheme: str, tmp_path: Path) -> None:
+    flags = ("--method", method, "--scheme", scheme, "--dataset", text(tmp_path), "--num-samples", 4, "--seqlen", 32)
+    done = infopt("quantize", tiny("llama", tmp_path / "m"), *flags, "--verify-samples", 2, "-o", tmp_path / "o")
+    assert done.code == 0, done.err
