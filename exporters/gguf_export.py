@@ -1,12 +1,12 @@
 """A model folder as a GGUF file, its codes carried into GGUF's blocks bit for bit (gguf_blocks.py).
 
-Names come from transformers' table, the same that `gguf_import.py` reads with. What GGUF changes in a tensor (the row order
+Names come from transformers' table, the same that `gguf_model.py` reads with. What GGUF changes in a tensor (the row order
 of q and k for rotary embeddings, 1 + w in Gemma's norms) is not written down here once more: transformers' undoing of
 it is applied to a tensor of row numbers, and what comes out is inverted. A change that is neither a row order nor an offset
 is refused.
 
 The settings are written for architectures whose definition llama.cpp and transformers share, and each is refused where a
-config asks for what GGUF's keys cannot say. At the end the written file is read by `gguf_import`, and every tensor is compared
+config asks for what GGUF's keys cannot say. At the end the written file is read by `gguf_model`, and every tensor is compared
 with what the folder means, bit for bit, and the config that transformers makes of it with the folder's own.
 
 Matrices that are not quantized keep their float type; vectors become F32, as llama.cpp wants them.
@@ -32,8 +32,8 @@ from infopt.exporters.carry import Carry, carried_tensor, check_finite, round_ne
 from infopt.exporters.folder import model_config
 from infopt.exporters.gguf_blocks import block_type, encode_blocks
 from infopt.exporters.gguf_codes import row_order
-from infopt.exporters.gguf_import import gguf_config, gguf_names, gguf_processor, gguf_tensors
 from infopt.exporters.gguf_kquants import fitting, round_blocks
+from infopt.exporters.gguf_model import gguf_names, gguf_processor, open_gguf
 from infopt.exporters.gguf_settings import ARCHITECTURES, add_settings, check_settings
 from infopt.exporters.gguf_tokenizer import add_tokenizer
 from infopt.exporters.quantized import QuantizedReader
@@ -220,14 +220,15 @@ class GGUFExport:
 
     def _prove(self, path: Path, digests: dict[str, str]) -> None:
         """Read the file with the importer: every tensor and every setting must be the folder's."""
-        seen = {name: _digest(tensor) for name, tensor in gguf_tensors(path, torch.float32)}
+        written = open_gguf(path)
+        seen = {name: _digest(tensor) for name, tensor in written.tensors(torch.float32)}
         wrong = sorted(name for name in digests.keys() | seen.keys() if digests.get(name) != seen.get(name))
         if wrong:
             raise VerificationFailed(
                 f"{path.name}: {wrong[0]} does not come back as it is in {self.reader.folder}",
                 f"{len(wrong)} of {len(digests)} tensors", "report this bug",
             )  # fmt: skip
-        theirs = gguf_config(path).get_text_config()
+        theirs = written.model.config.get_text_config()
         for field in ARCHITECTURES[self.settings.model_type].compared:
             ours, got = getattr(self.settings, field), getattr(theirs, field)
             if not (ours == got or (isinstance(ours, float) and np.float32(ours) == np.float32(got))):

@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 
 from infopt.exporters.folder import open_model
 from infopt.exporters.gguf_blocks import decode_blocks, encode_blocks
-from infopt.exporters.gguf_import import gguf_tensors
+from infopt.exporters.gguf_model import open_gguf
 
 from .test_convert import tiny_llama, write_gguf
 from .test_gguf_export import bytes_tokenizer, model
@@ -124,7 +124,7 @@ def test_a_file_of_llama_cpp_keeps_its_codes_in_every_format(tmp_path: Path, kin
     assert sorted(found.name for found in tmp_path.iterdir()) == ["tiny.gguf"]
     done = imported(path, tmp_path / "ct", "--dequantize")
     assert len(done["carried"]) == 14 and done["dequantized"] == ["lm_head.weight", "model.embed_tokens.weight"]
-    meant = dict(gguf_tensors(path, torch.float32))
+    meant = dict(open_gguf(path).tensors(torch.float32))
     reader = open_model(tmp_path / "ct")
     assert all(torch.equal(reader.get(f"{name}.weight").float(), meant[f"{name}.weight"]) for name in done["carried"])
     checked = infopt("verify", tmp_path / "ct")

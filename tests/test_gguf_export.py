@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from infopt.errors import Unsupported
 from infopt.exporters.folder import open_model
 from infopt.exporters.gguf_blocks import GGUF, GGUF_Q8_0, block_type, encode_blocks
-from infopt.exporters.gguf_import import convert_gguf, gguf_tensors
+from infopt.exporters.gguf_import import convert_gguf
+from infopt.exporters.gguf_model import open_gguf
 from infopt.exporters.gguf_settings import ARCHITECTURES, check_settings
 from infopt.grid import Grid
 from infopt.qtensor import QTensor
@@ -177,7 +178,7 @@ def test_every_architecture_comes_back(family: str, tied: bool, tmp_path: Path) 
     assert made.code == 0, made.err
     same = infopt("quantize", folder, "-o", tmp_path / "ct", *RTN, "--no-verify", "--format", "gptq")
     assert same.code == 0, same.err
-    back, ours = dict(gguf_tensors(tmp_path / "out" / "model.gguf", torch.float32)), dense(tmp_path / "ct")
+    back, ours = dict(open_gguf(tmp_path / "out" / "model.gguf").tensors(torch.float32)), dense(tmp_path / "ct")
     assert back.keys() == ours.keys() and ("lm_head.weight" in back) is not tied
     offset = 2.0**-23 if family == "gemma3" else 0.0  # 1 + w is rounded to float32
     assert all(torch.allclose(back[name], ours[name], rtol=0, atol=offset) for name in ours)

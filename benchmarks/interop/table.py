@@ -24,7 +24,7 @@ from environments import ENGINES, run_engine
 from transformers import AutoTokenizer
 
 from infopt.exporters.folder import open_model
-from infopt.exporters.gguf_import import gguf_tensors
+from infopt.exporters.gguf_model import open_gguf
 from infopt.runtime.model import RuntimeModel
 
 #: run -> (flags of quantize, its own format, the formats that it is converted to)
@@ -153,7 +153,7 @@ def about(results: Path, engine: str) -> list[str]:
 def weights(folder: Path) -> dict[str, str]:
     """sha256 of every weight as the folder means it, in float32; without a head that only repeats the embedding."""
     if (folder / "model.gguf").exists():
-        tensors = gguf_tensors(folder / "model.gguf", torch.float32)
+        tensors = open_gguf(folder / "model.gguf").tensors(torch.float32)
     else:
         reader = open_model(folder)
         tensors = ((name, reader.get(name)) for name in reader.tensors)
