@@ -28,6 +28,7 @@ from infopt.calibration.stats import EVERYTHING, InputStats
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import BadInput, UsageError
 from infopt.header import read_header, read_json, read_tensor
+from infopt.memory import bytes_of
 from infopt.output import MANIFEST, check_manifest
 from infopt.recipe import CalibrationData, Recipe
 from infopt.topology import Topology
@@ -54,7 +55,7 @@ def model_digest(reader: CheckpointReader) -> str:
     digest = hashlib.sha256(json.dumps(reader.config, sort_keys=True).encode())
     for name, info in sorted(reader.tensors.items()):
         digest.update(f"\n{name!r} {info.dtype} {info.shape}\n".encode())
-        digest.update(reader.get(name).reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(reader.get(name)).numpy().data)
     return digest.hexdigest()
 
 

@@ -28,6 +28,7 @@ from infopt.header import (
     read_tensor,
     show,
 )
+from infopt.memory import bytes_of
 from infopt.output import MANIFEST, check_manifest, free_space_check
 from infopt.shards import HEADER, SHARDS, SOURCE, ShardSet, TensorCut, read_shards
 from infopt.writer import atomic_file, os_errors
@@ -111,7 +112,7 @@ def _write_weights(shards: OpenShards, name: str, target: Path, seen: set[str], 
                 raise BadInput(f"{path}: tensor {show(key)} is not described, or in two files", "", look(path))
             seen.add(key)
             whole = join(shards, key, cut)
-            file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(whole).numpy().data)
             on_tensor()
     read_header(target)
     _check_digest(target, shards.described.files[name])

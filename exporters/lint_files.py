@@ -14,6 +14,7 @@ from infopt.checkpoint import PICKLES, contained
 from infopt.errors import InfoptError
 from infopt.exporters.lint_model import Finding, Level, Model, found, number_of, quoted
 from infopt.header import TensorInfo, read_tensor
+from infopt.memory import bytes_of
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -174,8 +175,8 @@ def _equal(one: TensorInfo, other: TensorInfo) -> bool:
         return False
     for start in range(0, one.shape[0], _PIECE_ROWS):
         stop = min(start + _PIECE_ROWS, one.shape[0])
-        a, b = (read_tensor(info, start, stop).contiguous().view(torch.uint8) for info in (one, other))
-        if not torch.equal(a, b):
+        a, b = (read_tensor(info, start, stop) for info in (one, other))
+        if not torch.equal(bytes_of(a), bytes_of(b)):
             return False
     return True
 

@@ -65,3 +65,14 @@ def memory_of(x: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
     Not by way of numpy, which fixes the size of a storage for good.
     """
     return (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes in the order in which files have them, uint8 [nbytes]; of any device and strides.
+
+    `contiguous` would leave a single element whatever strides it had, with which its bytes cannot be viewed.
+    """
+    import torch
+
+    flat = x.detach().cpu().reshape(-1)
+    return (flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopt.grid import Grid
+from infopt.memory import bytes_of
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,5 @@ class QTensor:
         total = hashlib.sha256(repr((self.grid, self.shape)).encode())
         for part in (self.codes, self.scale, self.zero, self.input_scale):
             if part is not None:
-                total.update(part.reshape(-1).view(torch.uint8).numpy().data)
+                total.update(bytes_of(part).numpy().data)
         return total.hexdigest()

@@ -27,6 +27,7 @@ import torch
 
 from infopt.errors import BadInput, InfoptError, OutOfResources, UsageError
 from infopt.header import DTYPES, TensorInfo, look, open_regular, read_header, read_into, show
+from infopt.memory import bytes_of
 
 PARTIAL = ".infopt-partial"  # the suffix of a file that is being written
 CHUNK = 8 * 2**20
@@ -91,8 +92,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: di
     with atomic_file(path) as file:
         file.write(header)
         for name in names:
-            raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            file.write(raw.numpy().data)
+            file.write(bytes_of(tensors[name]).numpy().data)
 
 
 def merge_shards(parts: list[Path], out: Path, max_shard_bytes: int = 5 * 10**9) -> None:

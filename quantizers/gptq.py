@@ -119,10 +119,7 @@ def solve(
         descend(w_IO, codes_IO, h_CC, grid, scale_GO, zero_GO, order // width)
     codes_OI = torch.empty(rows, columns, dtype=torch.uint8)
     codes_OI[:, order] = grid.pack(codes_IO).T
-    # a copy, because `contiguous` leaves a single element the strides that it had, and its bytes cannot be viewed then
-    scale_RG, zero_RG = (
-        part_GO.T[::height].clone(memory_format=torch.contiguous_format) for part_GO in (scale_GO, zero_GO)
-    )
+    scale_RG, zero_RG = (part_GO.T[::height].contiguous() for part_GO in (scale_GO, zero_GO))
     return QTensor(codes_OI, scale_RG.to(grid.scale_dtype), zero_RG.to(torch.uint8), grid), damp
 
 
