@@ -19,7 +19,7 @@ class Batches:
 
     def __init__(self, windows_NT: torch.Tensor) -> None:
         self._real_NT = real_tokens(windows_NT)
-        self.windows_NT = windows_NT.clamp_min(0)
+        self._windows_NT = windows_NT.clamp_min(0)
         self.first_token = 1
         count, self.length = windows_NT.shape
         size = max(1, _TOKENS // self.length)
@@ -37,21 +37,12 @@ class Batches:
 
     @property
     def tokens(self) -> int:
-        """Of the largest batch."""
-        return max(map(len, self._ranges)) * self.length
-
-    @property
-    def sizes(self) -> set[int]:
-        """How many windows a batch may have."""
-        return {len(windows) for windows in self._ranges}
-
-    @property
-    def padded(self) -> bool:
-        return self._real_NT is not None
+        """Of all batches, padding too."""
+        return self._windows_NT.numel()
 
     def ids(self) -> Iterator[torch.Tensor]:
         """Each batch's tokens [B, T], some token in place of padding."""
-        return (self.windows_NT[windows.start : windows.stop] for windows in self._ranges)
+        return (self._windows_NT[windows.start : windows.stop] for windows in self._ranges)
 
     def real(self, batch: int | None) -> torch.Tensor | None:
         """Which entries of a batch are tokens, bool [B, T]; None where all are, and for no batch."""

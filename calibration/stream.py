@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -70,14 +70,14 @@ class Stream:
     @property
     def batch_tokens(self) -> int:
         """Tokens of the largest batch."""
-        return self.batches.tokens
+        return max(map(len, self.batches)) * self.batches.length
 
     @torch.no_grad()
     def start(self) -> str:
         """Embed every window; returns the digest of block 0's input. Loads and frees the outer parts."""
         self._skeleton.load_outer()
         try:
-            self.write(0, map(self._skeleton.embed, self.batches.ids()))
+            self._hidden.store(0, map(self._skeleton.embed, self.batches.ids()))
             self._hidden.copy(0)
             return self._hidden.digest(0)
         finally:
@@ -267,10 +267,6 @@ class Stream:
         """Delete the input of block i."""
         self._hidden.forget(i)
 
-    def write(self, i: int, hidden: Iterable[torch.Tensor]) -> None:
-        """Make these batches the input of block i."""
-        self._hidden.store(i, hidden)
-
     def _track(
         self,
         stack: ExitStack,
@@ -282,8 +278,7 @@ class Stream:
         needs: frozenset[str],
     ) -> Track:
         """The block on its way through a track's hidden states; it stops, and files are open, until the stack is left."""
-        tokens = self.batches.windows_NT.numel()
-        routed = partial(RoutedLayer, tokens=tokens, folder=self._folder, needs=needs, team=self._team)
+        routed = partial(RoutedLayer, tokens=self.batches.tokens, folder=self._folder, needs=needs, team=self._team)
         last = i + 1 == len(self._skeleton.blocks)
         target = Path(os.devnull) if last else self._hidden.path(i + 1, name)
         stack.enter_context(stops(block, topology))
@@ -314,9 +309,9 @@ class Stream:
     def _prepare(self, i: int, block: nn.Module) -> None:
         """Calls are made here, because making one runs the model's outer parts, which are loaded and freed: not for two lanes
         at once."""
-        for count in self.batches.sizes:
+        for count in set(map(len, self.batches)):
             self._skeleton.calls(count, self.batches.length)
-        if self.batches.padded:
+        if self.batches.real(0) is not None:
             hidden_BTC, call = next(self.inputs(i))
             if call is not None:
                 check_causal(self._skeleton.blocks[i], block, call, hidden_BTC)

@@ -242,6 +242,11 @@ class Skeleton:
         """The hidden states [B, T, C] that enter block 0. The outer parts must be loaded."""
         return self.capture(ids_BT)[0]
 
+    @property
+    def logits_at_once(self) -> int:
+        """For how many tokens the head is worth being read: their logits take an eighth of its memory."""
+        return max(1, self.width // 8)
+
     @torch.no_grad()
     def logits(self, hidden_BTC: Tensor) -> Tensor:
         """The model's own tail (final norm, head, scaling, soft cap) on the last block's hidden states: [B, T, V].

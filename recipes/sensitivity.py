@@ -69,7 +69,6 @@ def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> li
         run.skeleton.free_block(i)
         release()
     gradients = at_the_end(run.skeleton, stream)
-    stream.forget(run.blocks)
     topologies: dict[Any, Topology] = {}
     parts: list[Part] = []
     for i in reversed(range(run.blocks)):
@@ -80,7 +79,7 @@ def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> li
             block = run.skeleton.load_block(i)
         stats = stream.gather(i, block, topologies[key], frozenset({"gram"}))
         with torch.no_grad():
-            outputs = list(stream.outputs(i, block))
+            outputs = [hidden_BTC for hidden_BTC, _ in stream.inputs(i + 1)]
             for space in topologies[key].spaces:
                 ops = [
                     op
@@ -91,10 +90,11 @@ def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> li
                     loss = partial(_loss, stream, i, block, outputs, gradients)
                     parts.append(_part(run, i, block, ops, target.choices, stats[space.name].gram, loss))
         gradients = before(stream, i, block, gradients)
-        stream.forget(i)
+        stream.forget(i + 1)
         run.skeleton.free_block(i)
         release()
         on_block(i)
+    stream.forget(0)
     write_json(path, {"mark": mark, "parts": [part.__dict__ for part in parts]})
     return parts
 
@@ -161,8 +161,8 @@ def at_the_end(skeleton: Skeleton, stream: Stream) -> list[Tensor]:
     found = []
     with skeleton.outer_loaded():
         for batch, (hidden_BTC, _) in enumerate(stream.inputs(len(skeleton.blocks))):
-            some = max(1, hidden_BTC.shape[-1] // 8)  # their logits take an eighth of the head's memory
-            parts = [_drawn(skeleton, hidden_KC, draw) for hidden_KC in hidden_BTC.flatten(0, 1).split(some)]
+            some = hidden_BTC.flatten(0, 1).split(skeleton.logits_at_once)
+            parts = [_drawn(skeleton, hidden_KC, draw) for hidden_KC in some]
             gradient_BTC, real_BT = torch.cat(parts).view_as(hidden_BTC), stream.batches.real(batch)
             found.append(gradient_BTC if real_BT is None else gradient_BTC * real_BT[..., None])
     return found

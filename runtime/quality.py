@@ -26,6 +26,7 @@ from torch import Tensor
 
 from infopt.checkpoint import CheckpointReader
 from infopt.errors import VerificationFailed
+from infopt.memory import bytes_of
 from infopt.runtime.model import RuntimeModel
 from infopt.team import ALONE, Team
 
@@ -158,7 +159,7 @@ def identical(one: CheckpointReader, other: CheckpointReader, name: str) -> bool
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return torch.equal(bytes_of(a), bytes_of(b))
 
 
 def _load_heads(reference: RuntimeModel, candidate: RuntimeModel) -> None:
@@ -172,10 +173,10 @@ def _load_heads(reference: RuntimeModel, candidate: RuntimeModel) -> None:
 def _logits(model: RuntimeModel, hidden_NTC: Tensor, windows_NT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(logits_KV fp32, next token ids_K) for the tokens that have a next one, in order.
 
-    The head is read once for so many tokens that their logits take an eighth of its memory, and handed out piece by piece.
+    The head is read once for many tokens, and what it gives is handed out piece by piece.
     """
     piece = max(1, _LOGITS_PER_PIECE // model.skeleton.config.get_text_config().vocab_size)
-    size = max(piece, hidden_NTC.shape[-1] // 8)
+    size = max(piece, model.skeleton.logits_at_once)
     for hidden_TC, ids_T in zip(hidden_NTC, windows_NT, strict=True):
         for start in range(0, len(ids_T) - 1, size):
             stop = min(start + size, len(ids_T) - 1)

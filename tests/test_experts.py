@@ -29,7 +29,7 @@ from infopt.model import BlockCall, Skeleton
 from .families import GROUPED, ROUTED, randomise
 from .folders import complaint
 from .test_quantize import our_logits
-from .tools import infopt, slow_unless, text, tiny
+from .tools import infopt, skeleton_of, slow_unless, text, tiny
 
 ROUTERS = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
 UNREACHED = 1
@@ -61,11 +61,6 @@ def quantize(model: Path, out: Path, *flags: object):
     return infopt("quantize", model, "-o", out, *SMALL, "--dataset", text(out.parent), *flags)
 
 
-def skeleton(folder: Path) -> Skeleton:
-    reader = CheckpointReader(folder)
-    return Skeleton(reader.config, reader)
-
-
 # Splitting
 
 
@@ -85,7 +80,7 @@ def test_other_families_split_without_a_table(config, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids_BT = torch.arange(3, 35).view(2, 16)
-    ours = skeleton(tmp_path)
+    ours = skeleton_of(tmp_path)
     assert not ours.stacked and any(isinstance(module, Experts) for module in ours.model.modules())
     with torch.no_grad():
         assert (our_logits(tmp_path, ids_BT) - whole(ids_BT, use_cache=False).logits).abs().max() < 1e-5
@@ -93,7 +88,7 @@ def test_other_families_split_without_a_table(config, tmp_path: Path) -> None:
 
 def test_a_split_layer_is_the_layer_that_it_replaces(tmp_path: Path) -> None:
     """Against transformers' own module at full size, with all experts used, and with one alone."""
-    model = skeleton(moe("mixtral", tmp_path))
+    model = skeleton_of(moe("mixtral", tmp_path))
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     theirs = whole.model.layers[1].mlp.experts
     ours = model.load_block(1).get_submodule("mlp.experts")
@@ -228,7 +223,7 @@ def test_experts_of_a_shape_that_the_config_denies_are_refused(tmp_path: Path) -
             tensors[key] = tensors[key].T.contiguous()
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="experts"):
-        skeleton(model).load_block(1)
+        skeleton_of(model).load_block(1)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +240,7 @@ def test_numbers_of_experts_that_cannot_be(changes: dict[str, int], words: str, 
     model = tiny("mixtral", tmp_path)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
-    complaint(BadInput, lambda: skeleton(model), words, "config.json")
+    complaint(BadInput, lambda: skeleton_of(model), words, "config.json")
 
 
 # Topology
@@ -253,7 +248,7 @@ def test_numbers_of_experts_that_cannot_be(changes: dict[str, int], words: str, 
 
 def test_one_expert_is_proven_for_all(tmp_path: Path) -> None:
     """Each expert has the two spaces of a gated MLP; every fold keeps the block's function; the order is that of running."""
-    model = skeleton(moe("qwen3_moe", tmp_path))
+    model = skeleton_of(moe("qwen3_moe", tmp_path))
     topology = discover(model, 1)
     experts = spaces_of(topology, "mlp.experts")
     assert len(experts) == 8 and all(len(spaces) == 2 for spaces in experts)
@@ -308,7 +303,7 @@ class Layer(nn.Module):
 
 
 def stream_of(model: Path, folder: Path) -> tuple[Skeleton, Stream]:
-    ours = skeleton(model)
+    ours = skeleton_of(model)
     stream = Stream(ours, torch.randint(3, 90, (70, 32), generator=torch.Generator().manual_seed(0)), folder)
     stream.start()
     return ours, stream

@@ -124,7 +124,7 @@ def test_derivatives_that_travel_block_by_block(family: str, tmp_path: Path) -> 
     draw = torch.Generator().manual_seed(0)
     with skeleton.outer_loaded():
         log_p_KV = torch.log_softmax(skeleton.tail(answers[-1]).flatten(0, 1), -1)
-        some = log_p_KV.detach().exp().split(max(1, hidden_BTC.shape[-1] // 8))
+        some = log_p_KV.detach().exp().split(skeleton.logits_at_once)
         drawn_K1 = torch.cat([torch.multinomial(p_KV, 1, generator=draw) for p_KV in some])
         wanted = torch.autograd.grad(-log_p_KV.gather(1, drawn_K1).sum(), answers)
     for i in reversed(range(len(blocks))):

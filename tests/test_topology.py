@@ -21,6 +21,8 @@ from infopt.model import BlockCall, Skeleton
 from infopt.topology import Topology
 from tests.families import FAMILIES, make
 
+from .tools import skeleton_of
+
 # What the tests know of each family: space name -> the law of its fold, None where there must be no fold.
 LLAMA = {
     "input_layernorm->q_proj,k_proj,v_proj": "mul",
@@ -119,18 +121,13 @@ VALUE_ROWS = {
 }
 
 
-def skeleton(folder: Path) -> Skeleton:
-    reader = CheckpointReader(folder)
-    return Skeleton(reader.config, reader)
-
-
 def laws(topology: Topology) -> dict[str, str | None]:
     return {space.name: space.fold.law if space.fold else None for space in topology.spaces}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_folds_of_a_family_and_that_they_keep_the_whole_model(family: str, tmp_path: Path) -> None:
-    model = skeleton(make(family, tmp_path))
+    model = skeleton_of(make(family, tmp_path))
     topology = discover(model, 0)
     assert laws(topology) == EXPECTED[family]
     assert all((space.fold is None) == bool(space.reason) for space in topology.spaces)
@@ -168,13 +165,13 @@ def fold_by_hand(block: nn.Module, topology: Topology, space_name: str) -> None:
 
 @pytest.mark.parametrize("family", VALUE_ROWS)
 def test_the_value_channels_are_where_the_layout_puts_them(family: str, tmp_path: Path) -> None:
-    spaces = discover(skeleton(make(family, tmp_path)), 1).spaces
+    spaces = discover(skeleton_of(make(family, tmp_path)), 1).spaces
     rows = next(space.fold.rows for space in spaces if space.fold is not None and space.fold.law == "linear")
     assert rows == tuple(start + i for start in VALUE_ROWS[family] for i in range(HEAD))
 
 
 def test_a_loaded_block_keeps_its_weights_bit_for_bit_and_stays_loaded(tmp_path: Path) -> None:
-    model = skeleton(make("gemma2", tmp_path))
+    model = skeleton_of(make("gemma2", tmp_path))
     block = model.load_block(0)
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     discover(model, 0)
@@ -182,7 +179,7 @@ def test_a_loaded_block_keeps_its_weights_bit_for_bit_and_stays_loaded(tmp_path:
 
 
 def test_the_same_answer_every_time_and_through_json(tmp_path: Path) -> None:
-    model = skeleton(make("phi3", tmp_path))
+    model = skeleton_of(make("phi3", tmp_path))
     topology = discover(model, 0)
     assert discover(model, 0) == topology
     assert Topology.from_json(json.loads(json.dumps(topology.to_json()))) == topology
@@ -195,26 +192,26 @@ def test_json_that_is_no_topology(data: object) -> None:
 
 
 def test_how_tensor_parallelism_splits_the_ops(tmp_path: Path) -> None:
-    llama = discover(skeleton(make("llama", tmp_path / "llama")), 0)
+    llama = discover(skeleton_of(make("llama", tmp_path / "llama")), 0)
     split = {op.name.rpartition(".")[2]: llama.parallel(op.name) for op in llama.ops}
     assert {name for name, how in split.items() if how == "row"} == {"o_proj", "down_proj"}
     assert {name for name, how in split.items() if how == "replicated"} == {
         "input_layernorm",
         "post_attention_layernorm",
     }
-    gpt2 = discover(skeleton(make("gpt2", tmp_path / "gpt2")), 0)  # GELU: no fold, and still an inner space
+    gpt2 = discover(skeleton_of(make("gpt2", tmp_path / "gpt2")), 0)  # GELU: no fold, and still an inner space
     assert (gpt2.parallel("mlp.c_fc"), gpt2.parallel("mlp.c_proj")) == ("column", "row")
     assert llama.space_of("mlp.down_proj").fed_by == ("mlp.gate_proj", "mlp.up_proj")
 
 
 def test_parameters_that_are_no_op_are_listed(tmp_path: Path) -> None:
-    topology = discover(skeleton(make("mixtral", tmp_path)), 0)
+    topology = discover(skeleton_of(make("mixtral", tmp_path)), 0)
     assert topology.unhandled == ("mlp.gate.weight",)  # a router answers with more than its product
 
 
 def test_structure_keys_tell_layer_types_apart_and_nothing_else(tmp_path: Path) -> None:
-    uniform = skeleton(make("llama", tmp_path / "llama")).model.model.layers
-    mixed = skeleton(make("gemma3", tmp_path / "gemma3")).model.model.layers
+    uniform = skeleton_of(make("llama", tmp_path / "llama")).model.model.layers
+    mixed = skeleton_of(make("gemma3", tmp_path / "gemma3")).model.model.layers
     assert structure_key(uniform[0]) == structure_key(uniform[1])
     assert structure_key(mixed[0]) != structure_key(mixed[1])
     assert hash(structure_key(mixed[0])) != hash(structure_key(uniform[0]))
