@@ -315,7 +315,7 @@ def _allocate(run: Run, windows: Any) -> Run:
     from infopt.recipes.sensitivity import decide, measure
     from infopt.report import note
 
-    parts = measure(run, windows[:8], lambda i: note(f"sensitivity of block {i + 1}/{run.blocks}"))
+    parts = measure(run, windows, lambda i: note(f"sensitivity of block {i + 1}/{run.blocks}"))
     recipe, found = decide(run, parts)
     spread = ", ".join(f"{count} layers of {bits} bits" for bits, count in found["layers"].items())
     note(f"{found['bits']:.3f} bits on average: {spread}")

@@ -97,10 +97,17 @@ class Run:
         elif needs_data(recipe, steps):
             if windows_NT is None:
                 raise ValueError("a step needs calibration data")
-            share_NT, twin = team.share(windows_NT), "shift" in needs_of(steps)
-            self._stream = Stream(self.skeleton, share_NT, output.work / "hidden", twin, team)
-            first = recipe.first_token if (data_report or {}).get("beginning") else 1
-            self._stream.min_expert_tokens, self._stream.batches.first_token = recipe.min_expert_tokens, first
+            self._stream = self.stream(team.share(windows_NT), "hidden", "shift" in needs_of(steps), team)
+
+    def stream(self, windows_NT: torch.Tensor, folder: str, twin: bool = False, team: Team = ALONE) -> Stream:
+        """Windows on their way through the model, counted as the recipe says; files go into this folder of the work folder."""
+        stream = Stream(self.skeleton, windows_NT, self.output.work / folder, twin, team)
+        begun = (self.data_report or {}).get("beginning")
+        stream.min_expert_tokens, stream.batches.first_token = (
+            self.recipe.min_expert_tokens,
+            self.recipe.first_token if begun else 1,
+        )
+        return stream
 
     def _held(self, made: Plan) -> Plan:
         """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""

@@ -1,9 +1,9 @@
 """How much each part of a model suffers from fewer bits, measured once in the stream, and the bits that follow from it.
 
-For every space of every block and every candidate number of bits the space's readers alone are rounded, and the block is run
-on some of the calibration windows. What its output's change does to the model's answer is a derivative away: where g is that of
--log p(token) by the block's output, for a token drawn from the model's own answer p, the KL divergence that a change d of
-the output leaves is to second order
+For every space of every block and every candidate number of bits the space's readers alone are rounded, as the recipe rounds
+them and by statistics of other windows, and the block is run on some windows. What its output's change does to the model's
+answer is a derivative away: where g is that of -log p(token) by the block's output, for a token drawn from the model's own
+answer p, the KL divergence that a change d of the output leaves is to second order
 
     E[(g . d)^2] / 2
 
@@ -30,19 +30,24 @@ import torch
 from torch import Tensor, nn
 
 from infopt.calibration.discover import discover, structure_key
+from infopt.calibration.lanes import enough_cores
 from infopt.calibration.padding import only_real
+from infopt.calibration.stats import InputStats
 from infopt.calibration.stream import Stream
 from infopt.errors import BadInput
+from infopt.grid import Grid
 from infopt.header import read_json
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.output import write_json
-from infopt.quantizers.rounding import CLIPPING, choose_range, group_forms, round_nearest
 from infopt.quantizers.search import Allocation, allocate
+from infopt.quantizers.work import BlockWork, Step
 from infopt.recipe import Override, Recipe
 from infopt.recipes.plan import out_in
-from infopt.recipes.run import Run
-from infopt.topology import Op, Topology
+from infopt.recipes.run import Run, needs_of
+from infopt.topology import Space, Topology
+
+_MEASURED, _COUNTED = 8, 24  # windows: of errors, and of the statistics that solvers are given
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,29 @@ class Part:
 
 
 def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> list[Part]:
-    """Every part's errors at `run.recipe.target.choices`. A finished measurement in the work folder is used again."""
+    """Every part's errors at `run.recipe.target.choices`, on the first of the calibration windows. A finished measurement in
+    the work folder is used again."""
     target, path = run.recipe.target, run.output.work / "sensitivity.json"
     if target is None:
         raise ValueError("the recipe has no target")
     mark = hashlib.sha256(f"{run.fingerprint()} {tuple(windows_NT.shape)}".encode()).hexdigest()
     if (found := _earlier(path, mark)) is not None:
         return found
-    stream = Stream(run.skeleton, windows_NT, run.output.work / "sensitivity")
-    stream.start()
+    needs = needs_of(_rounding(run))
+    measured = run.stream(windows_NT[:_MEASURED], "sensitivity")
+    streams = [measured]
+    if needs and len(windows_NT) >= 2 * _MEASURED:
+        streams.append(run.stream(windows_NT[_MEASURED:][:_COUNTED], "sensitivity-statistics"))
+    counted = streams[-1]  # a solver would know the errors of the windows that it was shown
+    for stream in streams:
+        stream.start()
     for i in range(run.blocks):
-        stream.advance(i, run.skeleton.load_block(i))
+        block = run.skeleton.load_block(i)
+        for stream in streams:
+            stream.advance(i, block)
         run.skeleton.free_block(i)
         release()
-    gradients = at_the_end(run.skeleton, stream)
+    gradients = at_the_end(run.skeleton, measured)
     topologies: dict[Any, Topology] = {}
     parts: list[Part] = []
     for i in reversed(range(run.blocks)):
@@ -77,24 +91,21 @@ def measure(run: Run, windows_NT: Tensor, on_block: Callable[[int], None]) -> li
         if key not in topologies:
             topologies[key] = discover(run.skeleton, i)
             block = run.skeleton.load_block(i)
-        stats = stream.gather(i, block, topologies[key], frozenset({"gram"}))
-        with torch.no_grad():
-            outputs = [hidden_BTC for hidden_BTC, _ in stream.inputs(i + 1)]
-            for space in topologies[key].spaces:
-                ops = [
-                    op
-                    for op in topologies[key].readers(space)
-                    if f"{run.skeleton.blocks[i]}.{op.name}" in run.plan.grids
-                ]
-                if ops:
-                    loss = partial(_loss, stream, i, block, outputs, gradients)
-                    parts.append(_part(run, i, block, ops, target.choices, stats[space.name].gram, loss))
-        gradients = before(stream, i, block, gradients)
-        stream.forget(i + 1)
+        stats = counted.gather(i, block, topologies[key], needs) if needs else {}
+        outputs = [hidden_BTC for hidden_BTC, _ in measured.inputs(i + 1)]
+        loss = partial(_loss, measured, i, block, outputs, gradients)
+        for space in topologies[key].spaces:
+            work = BlockWork(block, topologies[key], _grids(run, i, topologies[key], space), {}, {})
+            if work.grids:
+                parts.append(_part(run, i, work, space, stats.pop(space.name, None), loss))
+        gradients = before(measured, i, block, gradients)
+        for stream in streams:
+            stream.forget(i + 1)
         run.skeleton.free_block(i)
         release()
         on_block(i)
-    stream.forget(0)
+    for stream in streams:
+        stream.forget(0)
     write_json(path, {"mark": mark, "parts": [part.__dict__ for part in parts]})
     return parts
 
@@ -128,31 +139,39 @@ def decide(run: Run, parts: list[Part]) -> tuple[Recipe, dict[str, Any]]:
     return recipe.model_copy(update={"overrides": overrides, "target": None}), report
 
 
-def _part(
-    run: Run,
-    i: int,
-    block: nn.Module,
-    ops: list[Op],
-    choices: tuple[int, ...],
-    gram_CC: Tensor,
-    loss: Callable[[], float],
-) -> Part:
-    names = tuple(f"{run.skeleton.blocks[i]}.{op.name}" for op in ops)
-    weights = [block.get_submodule(op.name).get_parameter("weight").data for op in ops]
-    kept = [weight.clone() for weight in weights]
+def _rounding(run: Run) -> list[Step]:
+    return [step for step in run.steps if not step.rewrites]
+
+
+def _grids(run: Run, i: int, topology: Topology, space: Space) -> dict[str, Grid]:
+    """Those of a space's readers in block i that are to be quantized."""
+    planned = {op.name: run.plan.grids.get(f"{run.skeleton.blocks[i]}.{op.name}") for op in topology.readers(space)}
+    return {name: grid for name, grid in planned.items() if grid is not None}
+
+
+@torch.no_grad()
+def _part(run: Run, i: int, work: BlockWork, space: Space, stats: InputStats | None, loss: Callable[[], float]) -> Part:
+    """The readers of a space, at every number of bits; the block is left as it was."""
+    if run.recipe.target is None:
+        raise ValueError("the recipe has no target")
+    ops = [op for op, _ in work.targets(space)]
+    kept = [work.weight(op).clone() for op in ops]
+    count = sum(weight.numel() for weight in kept)
     errors = []
-    for bits in choices:
-        for op, name, weight, old in zip(ops, names, weights, kept, strict=True):
-            grid = replace(run.plan.grids[name], bits=bits)
-            w_OI = old.T if op.kind == "conv1d" else old
-            width = grid.width(w_OI.shape[1])
-            form = group_forms(gram_CC, width) if w_OI.shape[1] % width == 0 else None
-            q_OI = round_nearest(w_OI, grid, *choose_range(w_OI, grid, form, CLIPPING)).dequantize()
-            weight.copy_(q_OI.T if op.kind == "conv1d" else q_OI)
+    for bits in run.recipe.target.choices:
+        grids = {name: replace(grid, bits=bits) for name, grid in work.grids.items()}
+        given = {} if stats is None else {space.name: stats}
+        rounded = BlockWork(work.block, work.topology, grids, given, {})
+        with enough_cores(count):
+            for step in _rounding(run):
+                step(rounded, space)
+        for op in ops:
+            rounded.install(op)
         errors.append(loss())
-    for weight, old in zip(weights, kept, strict=True):
-        weight.copy_(old)
-    return Part(names, sum(op.out_features * op.in_features for op in ops), tuple(errors))
+        rounded.close()
+        for op, weight in zip(ops, kept, strict=True):
+            work.weight(op).copy_(weight)
+    return Part(tuple(f"{run.skeleton.blocks[i]}.{op.name}" for op in ops), count, tuple(errors))
 
 
 def at_the_end(skeleton: Skeleton, stream: Stream) -> list[Tensor]:

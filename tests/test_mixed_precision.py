@@ -161,3 +161,15 @@ def test_the_expected_loss_is_the_divergence_that_follows(tmp_path: Path) -> Non
             assert 0.95 < share < 1.05 if i + 1 == len(blocks) else 0.5 < share < 1.05
             weight.copy_(kept)
             gradients = before(stream, i, blocks[i], gradients)
+
+
+def test_parts_are_rounded_as_the_recipe_rounds(tmp_path: Path) -> None:
+    """What GPTQ is expected to lose is less than plain rounding; every step that rounds takes part, on experts too."""
+    model, data = tiny("mixtral", tmp_path / "m"), ("--dataset", text(tmp_path), "--target-bits", 4.5, "--no-verify")
+    lost = {}
+    for method in ("rtn", "gptq", "best-4bit"):  # the last one in other groups, so it only has to run
+        done = infopt("quantize", model, "-o", tmp_path / method, "--method", method, *CALIBRATION, *data)
+        assert done.code == 0, done.err
+        lost[method] = json.loads((tmp_path / method / "infopt.json").read_text())["allocation"]["uniform"]
+    for bits in ("3", "4"):
+        assert lost["gptq"][bits] < 0.9 * lost["rtn"][bits]
