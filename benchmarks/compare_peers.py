@@ -61,11 +61,13 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """What weights become, the flags that say so to infopt, and the rows (tool, method) that are compared."""
+    """What weights become, the flags that say so to infopt, and the rows (tool, method) that are compared. calibrated: even
+    plain rounding needs data, for scales of what is only known at run time."""
 
     bits: int
     rows: tuple[tuple[str, str], ...]
     infopt: tuple[str, ...] = ()  # in place of bits and groups
+    calibrated: bool = False
 
 
 W4 = (
@@ -99,6 +101,12 @@ SCHEMES = {
         (("llmcompressor", "rtn"), ("infopt", "rtn"), ("llmcompressor", "gptq"), ("infopt", "best-fp8")),
         ("--scheme", "FP8_DYNAMIC"),
     ),
+    "W8A8_STATIC": Scheme(
+        8, (("llmcompressor", "smoothquant"), ("infopt", "smoothquant")), ("--scheme", "W8A8_STATIC"), True
+    ),
+    "FP8": Scheme(8, (("llmcompressor", "rtn"), ("infopt", "rtn")), ("--scheme", "FP8"), True),
+    "FP8_BLOCK": Scheme(8, (("llmcompressor", "rtn"), ("infopt", "rtn")), ("--scheme", "FP8_BLOCK")),
+    "KV_FP8": Scheme(16, (("llmcompressor", "kv-cache"), ("infopt", "kv-cache")), ("--kv-cache", "fp8"), True),
 }
 
 
@@ -182,7 +190,7 @@ def chosen(options: argparse.Namespace) -> list[Row]:
 
 def name_of(options: argparse.Namespace, row: Row) -> str:
     """A row's file name without its ending. W4's say no scheme, as they did when there was no other."""
-    parts = [row.tool, row.method, str(samples_of(options, row.method))]
+    parts = [row.tool, row.method, str(samples_of(options, row))]
     if row.tool == "autoround":
         parts.append(f"{options.autoround_iters}iters")
     return "-".join([*parts, *([] if row.scheme in ("-", "W4") else [row.scheme])])
@@ -192,9 +200,11 @@ def bits_of(options: argparse.Namespace, row: Row) -> int:
     return options.bits if row.scheme in ("-", "W4") else SCHEMES[row.scheme].bits
 
 
-def samples_of(options: argparse.Namespace, method: str) -> int:
-    """How many calibration windows a method gets."""
-    return {"-": 0, "rtn": 0, "awq": options.awq_samples}.get(method, options.samples)
+def samples_of(options: argparse.Namespace, row: Row) -> int:
+    """How many calibration windows a row gets."""
+    if row.scheme in SCHEMES and SCHEMES[row.scheme].calibrated:
+        return int(options.samples)
+    return int({"-": 0, "rtn": 0, "awq": options.awq_samples}.get(row.method, options.samples))
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -259,7 +269,7 @@ def _must(command: list[str], env: dict[str, str] | None = None, cwd: Path | Non
 def peer_command(options: argparse.Namespace, row: Row, python: Path, ids: Path, out: Path, result: Path) -> list[str]:
     """The command line of a runner script (`peers/runner.py` reads it)."""
     return [str(python), str(HERE / "peers" / PEERS[row.tool].script), "--model", str(options.model.resolve()),
-            "--ids", str(ids.resolve()), "--method", row.method, "--samples", str(samples_of(options, row.method)),
+            "--ids", str(ids.resolve()), "--method", row.method, "--samples", str(samples_of(options, row)),
             "--scheme", row.scheme, "--bits", str(bits_of(options, row)), "--group-size", str(options.group_size),
             "--iters", str(options.autoround_iters), "--dtype", options.dtype, "--out", str(out),
             "--result", str(result)]  # fmt: skip
@@ -271,7 +281,7 @@ def infopt_command(options: argparse.Namespace, row: Row, out: Path) -> list[str
                "--no-verify", "--json", "-o", str(out)]  # fmt: skip
     grid = ("--bits", str(bits_of(options, row)), "--group-size", str(options.group_size))
     command += SCHEMES[row.scheme].infopt or (*grid, "--asym" if row.method == "best-4bit" else "--sym")
-    if samples := samples_of(options, row.method):
+    if samples := samples_of(options, row):
         command += ["--dataset", str(options.dataset), "--num-samples", str(samples), "--seqlen", str(options.seqlen)]
     return command
 
@@ -282,7 +292,7 @@ def described(options: argparse.Namespace, row: Row) -> dict[str, Any]:
     notes = {"autoround": f", {options.autoround_iters} iters", "best-4bit": ", zero points"}
     return {
         "tool": row.tool, "scheme": row.scheme, "method": row.method + notes.get(row.method, ""),
-        "samples": samples_of(options, row.method), "seqlen": options.seqlen, "bits": bits_of(options, row), **grid,
+        "samples": samples_of(options, row), "seqlen": options.seqlen, "bits": bits_of(options, row), **grid,
         "threads": options.threads, "dtype": options.dtype if row.tool in PEERS else "as stored",
         "model": options.model.resolve().name, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "status": "done",

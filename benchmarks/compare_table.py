@@ -46,6 +46,7 @@ METHODS = (
     "smoothquant+gptq",
     "best-4bit",
     "best-fp8",
+    "kv-cache",
 )
 
 
@@ -72,7 +73,7 @@ def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> list[str]:
 
 def _order(row: dict[str, Any]) -> tuple[int, int, bool, str]:
     """By scheme and method; infopt after its peers."""
-    schemes = ("-", "W4", "W3", "W8A8", "FP8_DYNAMIC")
+    schemes = ("-", "W4", "W3", "W8A8", "W8A8_STATIC", "FP8_DYNAMIC", "FP8", "FP8_BLOCK", "KV_FP8")
     method = row["method"].partition(",")[0]
     return schemes.index(scheme_of(row)), METHODS.index(method), row["tool"] == "infopt", row["tool"]
 

@@ -35,7 +35,9 @@ import torch
 
 from infopt.calibration.padding import NO_TOKEN, padded
 from infopt.calibration.rows import json_rows, parquet_rows, row_text
+from infopt.checkpoint import contained
 from infopt.errors import BadInput, UsageError
+from infopt.header import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,8 +129,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     fix = "Copy tokenizer.json and tokenizer_config.json from the original model into this folder."
     if not Path(folder).is_dir():
         raise BadInput(f"{folder} is not a folder", "a tokenizer is read from a model's folder", fix)
+    config = _family(Path(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=False, local_files_only=True
+        )
         tokenizer("a", verbose=False)  # what is odd in its config shows when it is used
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise BadInput(f"{folder} has no tokenizer that can be loaded", _first_line(error), fix) from error
@@ -136,9 +141,30 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         if type(error) is not Exception:  # the Rust tokenizer raises a plain Exception for a malformed file
             raise
         raise BadInput(f"{folder} has no tokenizer that can be loaded", _first_line(error), fix) from error
-    if len(tokenizer) == 0:
+    if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "\u2581"}:  # made of nothing: no file was there
         raise BadInput(f"{folder} has no tokenizer that can be loaded", "its vocabulary is empty", fix)
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _family(folder: Path) -> Any:
+    """What a tokenizer needs to know of the model: its type, and the class if config.json names it. All else in there is left
+    to those who build the model, which check it first."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    path = contained(folder, "config.json")
+    raw = read_json(path) if path.exists() else {}
+    said = {key: raw.get(key) for key in ("model_type", "tokenizer_class")} if isinstance(raw, dict) else {}
+    name = said.get("model_type")
+    kind: Any = CONFIG_MAPPING[name] if isinstance(name, str) and name in CONFIG_MAPPING else PreTrainedConfig
+    try:
+        config = kind()
+    except (StrictDataclassError, ValueError):  # a family whose defaults do not suit it
+        config = PreTrainedConfig()
+    for key, value in said.items():
+        if isinstance(value, str):
+            setattr(config, key, value)
+    return config
 
 
 def _choose(spec: DataSpec, count: int, part: Part) -> torch.Tensor:
@@ -212,9 +238,13 @@ def _budget(spec: DataSpec) -> int:
 
 
 def _read(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part) -> _Text:
+    path = Path(spec.dataset)
+    rows = path.suffix not in _TEXT_FILES and spec.dataset != "builtin"
+    for flag, given, has in (("--split", spec.split, rows and not path.is_file()), ("--column", spec.column, rows)):
+        if given is not None and not has:
+            raise UsageError(f"{flag} {given} with {spec.dataset}", "it has none", f"drop {flag}")
     if spec.dataset == "builtin":
         return _builtin(part)
-    path = Path(spec.dataset)
     if path.is_dir():
         return _collect(_library_rows(spec, part), f"folder {spec.dataset}", spec, tokenizer)
     if path.exists():
@@ -222,8 +252,8 @@ def _read(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, part: Part) -> _Te
     if path.suffix in _FILES or not _HUB_ID.fullmatch(spec.dataset):
         raise BadInput(
             f"{spec.dataset} does not exist",
-            "--dataset takes `builtin`, a file, a folder or the id of a data set on the hub",
-            "Check the path, or leave --dataset away to use the built-in text.",
+            "a data set is `builtin`, a file, a folder or the id of one on the hub",
+            "Check the path, or leave it away to use the built-in text.",
         )
     return _collect(_library_rows(spec, part), f"hub {spec.dataset}", spec, tokenizer)
 

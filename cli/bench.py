@@ -42,9 +42,11 @@ def bench(
     from infopt.report import json_out, note, table
     from infopt.runtime.bench import Sizes, latencies, latency_svg, measure, read_bandwidth
     from infopt.runtime.device import device_errors, find_device
+    from infopt.writer import atomic_file
 
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise UsageError(f"--plot {plot}", "There is no such folder.", "Make it, or choose another.")
+    if plot is not None and (plot.is_dir() or not plot.absolute().parent.is_dir()):
+        why = "It is a folder." if plot.is_dir() else "There is no such folder."
+        raise UsageError(f"--plot {plot}", why, "Name a file in a folder that is there: --plot latency.svg")
     where, sizes = find_device(device), Sizes(batch, prompt, new_tokens)
     with device_errors(where):
         bandwidth = read_bandwidth(where)
@@ -58,28 +60,13 @@ def bench(
         title = f"{out}, {precision.value}, {torch.get_num_threads()} threads"
         with device_errors(where):
             found = latencies(resolve(out), precision.value, kv_cache.value, device=where)
-        save(plot, latency_svg(found, title))
+        with atomic_file(plot) as file:
+            file.write(latency_svg(found, title).encode())
         note(f"wrote {plot}")
     if as_json:
         ours, theirs = speeds[0].to_json(), speeds[1].to_json() if reference is not None else None
         machine = {"device": str(where), "threads": torch.get_num_threads(), "bandwidth": bandwidth}
         json_out({**ours, "reference": theirs, "machine": machine})
-
-
-def save(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    import os
-    import tempfile
-
-    from infopt.errors import UsageError
-
-    try:
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError as error:
-        raise UsageError(f"--plot {path}", str(error), "Choose another file.") from error
 
 
 def _times(speed: Speed) -> float:

@@ -116,7 +116,8 @@ def _run(
         raise Unsupported(
             f"{source}: the model is quantized already", "it cannot be quantized again", "give the original model"
         )
-    windows_NT, report = calibration_windows(DataSpec(**data.model_dump()), source, reader.config)
+    spec = DataSpec(**data.model_dump())
+    windows_NT, report = calibration_windows(spec, source, reader.config, team.writes)
     release()  # the tokenizer's tables
     if team.writes:
         note(told(report))

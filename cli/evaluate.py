@@ -29,7 +29,7 @@ def evaluate(
     Example: infopt eval ./model-w4 --dataset wikitext-2/test.raw.txt --num-samples 40 --seqlen 512
     """
     from infopt.checkpoint import resolve
-    from infopt.cli.verify import load
+    from infopt.cli.data import comparison_windows
     from infopt.report import json_out, note, progress
     from infopt.runtime.device import device_errors, find_device
     from infopt.runtime.model import RuntimeModel
@@ -38,7 +38,7 @@ def evaluate(
     where = find_device(device)
     folder = resolve(model)
     runtime = RuntimeModel(folder, kernels.value, device=where)
-    windows_NT, report = load(dataset, num_samples, seqlen, folder)
+    windows_NT, report = comparison_windows(dataset, num_samples, seqlen, folder)
     with device_errors(where), progress("running", len(runtime)) as step:
         result = perplexity(runtime, windows_NT, step)
     note(f"{model}: perplexity {result['perplexity']:.4f} over {result['tokens']:,} predicted tokens of {dataset}")

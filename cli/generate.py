@@ -39,7 +39,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that reach this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.exact,
     kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from infopt.errors import InfoptError, OutOfResources
+from infopt.errors import BadInput, InfoptError, OutOfResources
 
 #: sub-command -> (module in this folder, function, the line that `infopt --help` shows). Modules are imported when used.
 COMMANDS = {
@@ -37,6 +38,8 @@ COMMANDS = {
     "recipe": ("recipe", "recipe", "List the recipes, or show one."),
     "doctor": ("doctor", "doctor", "Versions, processor, memory, disk and GPU of this machine."),
 }
+#: What a write to stdout may meet. Such an error names no file.
+_FULL = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF)
 
 
 class _Lazy(TyperGroup):
@@ -44,6 +47,24 @@ class _Lazy(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
+
+    def invoke(self, ctx: Any) -> Any:
+        """The command, with what typer would end in its own way: an interrupt, and a reader of stdout that went away."""
+        try:
+            done = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return done
+        except KeyboardInterrupt:
+            print("interrupted: run the same command again to go on", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            _silence()
+            sys.exit(141)
+        except OSError as error:
+            if error.filename is None and error.errno not in _FULL:
+                raise
+            _fail(_refused(error))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
@@ -93,14 +114,24 @@ def main() -> None:
         _fail(error)
     except MemoryError:
         _fail(OutOfResources("out of memory", "", "close other programs, or try a smaller --seqlen"))
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
 
 
-def _fail(error: InfoptError) -> None:
+def _refused(error: OSError) -> InfoptError:
+    """What the system did not allow, where nothing nearer to it had a better word for it."""
+    why, fix = error.strerror or str(error), "Check its permissions, and the space that is left."
+    if error.filename is None:
+        _silence()
+        return OutOfResources("stdout cannot be written", why, fix)
+    kind = BadInput if isinstance(error, PermissionError | FileNotFoundError) else OutOfResources
+    return kind(f"{error.filename} cannot be used", why, fix)
+
+
+def _silence() -> None:
+    """Let what is still to be written to stdout go nowhere: Python flushes it once more at the end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _fail(error: InfoptError) -> NoReturn:
     lines = [f"error: {error.what}"]
     lines += [f"  because: {error.why}"] if error.why else []
     lines += [f"  try: {error.fix}"] if error.fix else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from infopt.calibration.recorded import Recorded
     from infopt.recipe import Recipe
     from infopt.recipes.run import BlockReport, Run
-    from infopt.runtime.verify import Verdict
+    from infopt.runtime.verify import Gates, Verdict
     from infopt.team import Team
 
 Text = str | None
+_OF_WEIGHTS = ("bits", "scheme", "target_bits", "target_size")  # who gives these expects smaller weights
 
 
 def quantize(
@@ -29,7 +31,8 @@ def quantize(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file instead of --method.")] = None,
     scheme: Annotated[
-        Text, typer.Option(help="W2A16 to W8A16, W8A8, W8A8_STATIC, W4A8, W4AFP8, FP8, FP8_DYNAMIC, FP8_BLOCK.")
+        Text,
+        typer.Option(help="W2A16, W3A16, W4A16, W8A16, W8A8, W8A8_STATIC, W4A8, W4AFP8, FP8, FP8_DYNAMIC, FP8_BLOCK."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[
@@ -97,7 +100,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
-    verify_samples: Annotated[int, typer.Option(help="Windows of the comparison.")] = 8,
+    verify_samples: Annotated[int, typer.Option(min=1, help="Windows of the comparison.")] = 8,
     verify_dataset: Annotated[
         Text, typer.Option(help="Text of the comparison; held-out builtin text if absent.")
     ] = None,
@@ -114,6 +117,7 @@ def quantize(
 
     Example: infopt quantize ./model --method gptq --bits 4 --group-size 64 --dataset text.txt -o ./model-w4
     """
+    from infopt.cli.data import asked_comparison
     from infopt.memory import one_heap
 
     one_heap()
@@ -126,10 +130,7 @@ def quantize(
     }  # fmt: skip
     recorded = open_calibration(calibration, flags) if calibration else None
     settings = build_recipe(method, recipe, flags)
-    gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
-    comparison = (verify_dataset, verify_samples) if verify else None
-    if not verify and any(value is not None for value in gates.values()):
-        raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
+    comparison, gates = asked_comparison(verify, verify_dataset, verify_samples, (max_kl, max_ppl_increase, min_top1))
     report = _run(
         model, output, settings, overwrite, resume, comparison, gates, max_ram, dry_run, (form, tokenizer), recorded
     )
@@ -189,7 +190,19 @@ def build_recipe(method: str | None, path: Path | None, flags: dict[str, Any]) -
             raise UsageError("--act-order", f"{method or path} has no gptq step", "--method gptq --act-order")
         for row in rows:
             row["gptq"] = {**(row["gptq"] or {}), "act_order": flags["act_order"]}
+    _check_weights(data, [f"--{key.replace('_', '-')}" for key in _OF_WEIGHTS if flags[key] is not None])
     return parse_recipe(data, "command line")
+
+
+def _check_weights(data: dict[str, Any], given: list[str]) -> None:
+    """UsageError for flags about the weights' numbers that would have no effect, or are decided by a budget."""
+    if given and not data["steps"]:
+        raise UsageError(
+            f"{given[0]} with {data['name']}", "it leaves the weights as they are", "--method awq --kv-cache fp8"
+        )
+    decided = [flag for flag in given if flag in ("--bits", "--scheme")]
+    if decided and data["target"]:
+        raise UsageError(f"{decided[0]} with a budget", "--target-bits or --target-size decides the bits", "drop one")
 
 
 def _run(
@@ -198,8 +211,8 @@ def _run(
     recipe: Recipe,
     overwrite: bool,
     resume: bool,
-    comparison: tuple[str | None, int] | None,
-    gates: dict[str, float | None],
+    comparison: tuple[str, int] | None,
+    gates: Gates,
     max_ram: str | None,
     dry_run: bool,
     target: tuple[str, bool],
@@ -208,8 +221,7 @@ def _run(
     from infopt import recipes
     from infopt.calibration.data import DataSpec
     from infopt.checkpoint import CheckpointReader, resolve
-    from infopt.cli.data import calibration_windows, told
-    from infopt.cli.verify import load
+    from infopt.cli.data import calibration_windows, comparison_windows, told
     from infopt.errors import Unsupported
     from infopt.exporters.convert import replace_by_gguf
     from infopt.exporters.formats import GGUF_FORMATS, named
@@ -253,13 +265,13 @@ def _run(
         note(f"statistics of the original model's inputs: {recorded.folder}")
     elif needs_data(recipe, steps) or (rewriting and rewriting.needs_data):
         spec = DataSpec(**recipe.calibration.model_dump())
-        windows, data_report = calibration_windows(spec, source, reader.config)
+        windows, data_report = calibration_windows(spec, source, reader.config, team.writes)
         release()  # the tokenizer's tables
     if data_report and team.writes:
         note(told(data_report))
     compared = None
     if comparison:  # read before the work: a typing mistake must not show after an hour
-        compared = load(comparison[0] or "builtin", comparison[1], recipe.calibration.seqlen, source, team.writes)[0]
+        compared = comparison_windows(*comparison, recipe.calibration.seqlen, source, team.writes)[0]
     with OutputFolder(output, overwrite=overwrite, source=source) as out:
         first = None
         if rewriting and not dry_run:
@@ -290,7 +302,7 @@ def _run(
         verdict = None
         if compared is not None:
             team.wait()
-            verdict = _verify(out.stage, source, compared, gates, team)
+            verdict = replace(_verify(out.stage, source, compared, gates, team), folder=str(output))  # its name soon
         if form.name in GGUF_FORMATS:
             replace_by_gguf(out, form, tokenizer)
         out.commit()
@@ -322,12 +334,12 @@ def _allocate(run: Run, windows: Any) -> Run:
     return Run(run.reader, recipe, run.steps, run.output, windows, run.data_report, run.form, found, run.team)
 
 
-def _verify(stage: Path, source: Path, windows: Any, gates: dict[str, float | None], team: Team) -> Verdict:
+def _verify(stage: Path, source: Path, windows: Any, gates: Gates, team: Team) -> Verdict:
     """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
     from infopt.report import show_verdict
-    from infopt.runtime.verify import Gates, verify
+    from infopt.runtime.verify import verify
 
-    verdict = verify(stage, source, windows, Gates(**gates), team=team)
+    verdict = verify(stage, source, windows, gates, team=team)
     show_verdict(verdict)
     return verdict
 

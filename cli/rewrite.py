@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infopt.errors import UsageError
 from infopt.rewriters.options import RewriteOptions
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from infopt.recipes.marks import BlockReport
     from infopt.recipes.rewrite import RewriteRun
-    from infopt.runtime.verify import Verdict
+    from infopt.runtime.verify import Gates, Verdict
 
 _CONTEXT = (
     32768  # tokens for which the report gives the size of the cache, or fewer where the model has fewer positions
@@ -56,7 +55,9 @@ def rewrite(
     dataset: Annotated[str, typer.Option(help="Calibration text: a file, a hub id, or 'builtin'.")] = "builtin",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of a rotation's signs; other than 0: sample the windows at random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of a rotation's signs; other than 0: draw the windows.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of infopt.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on after the last finished block of a killed run.")] = True,
     verify: Annotated[bool, typer.Option(help="Verify the written bytes and compare with the original.")] = True,
@@ -77,6 +78,7 @@ def rewrite(
 
     Example: infopt rewrite ./model --kv-heads 4 --dataset text.txt -o ./model-gqa
     """
+    from infopt.cli.data import asked_comparison
     from infopt.report import json_out
 
     options = RewriteOptions(
@@ -84,16 +86,13 @@ def rewrite(
         heal_steps=heal_steps, heal_lr=heal_lr, checkpointing=checkpointing, curve=curve and heal and verify,
         window=window, every=every, sinks=sinks, rotate=rotate, seed=seed if rotate else 0,
     )  # fmt: skip
-    gates = {"max_kl": max_kl, "max_ppl_increase": max_ppl_increase, "min_top1": min_top1}
-    if not verify and any(value is not None for value in gates.values()):
-        raise UsageError("a quality gate needs the comparison", "--no-verify leaves it out", "drop --no-verify")
     data = (dataset, num_samples, seqlen, seed)
-    comparison = (verify_dataset or "builtin", verify_samples) if verify else None
+    comparison, gates = asked_comparison(verify, verify_dataset, verify_samples, (max_kl, max_ppl_increase, min_top1))
     report, verdict = _run(model, output, options, data, (overwrite, resume), comparison, speed_at, gates)
     if as_json:
         json_out(report)
     if verdict:
-        verdict.raise_for_gates()
+        verdict.raise_for_gates("Try more --kv-heads, a wider --window, or more --steps and --heal-steps.")
 
 
 def _run(
@@ -104,12 +103,11 @@ def _run(
     switches: tuple[bool, bool],
     comparison: tuple[str, int] | None,
     speed_at: int | None,
-    gates: dict[str, float | None],
+    gates: Gates,
 ) -> tuple[dict[str, Any], Verdict | None]:
     from infopt.calibration.data import DataSpec
     from infopt.checkpoint import CheckpointReader, resolve
-    from infopt.cli.data import calibration_windows, told
-    from infopt.cli.verify import load
+    from infopt.cli.data import calibration_windows, comparison_windows, told
     from infopt.errors import Unsupported
     from infopt.memory import release
     from infopt.output import OutputFolder
@@ -130,7 +128,7 @@ def _run(
         windows, data_report = calibration_windows(DataSpec(*data), source, reader.config)
         note(told(data_report))
     release()
-    compared = load(*comparison, data[2], source) if comparison else None
+    compared = comparison_windows(*comparison, data[2], source) if comparison else None
     began = time.monotonic()
     with OutputFolder(output, overwrite=switches[0], source=source) as out:
         run = RewriteRun(reader, options, out, windows, data_report)
@@ -140,6 +138,7 @@ def _run(
         verdict, measured = None, _cache(run) if options.attention else {}
         if compared is not None:
             verdict, curves = _verify(run, source, compared, gates)
+            verdict = dataclasses.replace(verdict, folder=str(output))  # its name from now on
             measured |= curves
         run.note({"measured": measured})
         if speed_at is not None:  # a time: not for infopt.json
@@ -159,15 +158,15 @@ def _run(
 
 
 def _verify(
-    run: RewriteRun, source: Path, compared: tuple[Tensor, dict[str, Any]], gates: dict[str, float | None]
+    run: RewriteRun, source: Path, compared: tuple[Tensor, dict[str, Any]], gates: Gates
 ) -> tuple[Verdict, dict[str, Any]]:
     """Damage stops the run before the folder gets its name; a failed gate is raised after, when the folder is there."""
     from infopt.recipes.rewrite_report import healing_curve, plots, window_curve
     from infopt.report import progress, show_verdict
-    from infopt.runtime.verify import Gates, verify
+    from infopt.runtime.verify import verify
 
     windows_NT, data = compared
-    verdict = verify(run.output.stage, source, windows_NT, Gates(**gates), data=data, progress=progress)
+    verdict = verify(run.output.stage, source, windows_NT, gates, data=data, progress=progress)
     show_verdict(verdict)
     healing = healing_curve(run, windows_NT)
     for name, picture in plots(run, healing).items():

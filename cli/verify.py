@@ -32,6 +32,7 @@ def verify(
     Example: infopt verify ./model-w4 --reference ./model --max-kl 0.1
     """
     from infopt.checkpoint import resolve
+    from infopt.cli.data import comparison_windows
     from infopt.exporters.assemble import is_shards
     from infopt.report import json_out, progress, show_verdict
     from infopt.runtime.verify import Gates, judge
@@ -43,7 +44,7 @@ def verify(
     original = resolve(reference) if reference is not None else None
 
     def windows(folder: Path = out) -> tuple[torch.Tensor, dict[str, Any]]:
-        return load(dataset, num_samples, seqlen, original or folder)
+        return comparison_windows(dataset, num_samples, seqlen, original or folder)
 
     source = windows if num_samples else None
     if is_shards(out):
@@ -55,31 +56,3 @@ def verify(
         json_out(verdict.to_json())
     verdict.raise_if_damaged()
     verdict.raise_for_gates()
-
-
-def load(
-    dataset: str, num_samples: int, seqlen: int, folder: Path, aloud: bool = True
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Evaluation windows for the model in `folder`, no longer than it can read, and the report of what was read. aloud: tell
-    the user where they are not as asked for."""
-    from infopt.calibration.data import DataSpec, load_tokenizer, load_windows
-    from infopt.checkpoint import CheckpointReader
-    from infopt.errors import BadInput
-    from infopt.report import note
-
-    config = CheckpointReader(folder).config
-    text = config.get("text_config") or config
-    positions = text.get("max_position_embeddings", text.get("n_positions"))
-    if isinstance(positions, int) and positions < seqlen:
-        if aloud:
-            note(f"--seqlen {seqlen} is more than the model's {positions} positions; using {positions}")
-        seqlen = positions
-    vocab_size = text.get("vocab_size")
-    spec = DataSpec(dataset, num_samples, seqlen)
-    windows_NT, report = load_windows(spec, load_tokenizer(folder), part="evaluation", vocab_size=vocab_size)
-    if not len(windows_NT):
-        what = f"{dataset} has {report['tokens']} tokens, fewer than one window of {seqlen}"
-        raise BadInput(what, "There is nothing to evaluate.", "Give more text, or a smaller --seqlen.")
-    if len(windows_NT) < num_samples and aloud:
-        note(f"{dataset}: {len(windows_NT)} windows of {seqlen} tokens; {num_samples} were asked for")
-    return windows_NT, report

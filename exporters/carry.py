@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from infopt.errors import Unsupported
-from infopt.exporters.formats import nearest
+from infopt.exporters.formats import objection, others
 from infopt.exporters.quantized import SCALES, Holder, QuantizedReader, damaged
 from infopt.grid import BITS, GROUPS, Grid
 from infopt.model import Skeleton
@@ -138,19 +138,19 @@ def _tables(modules: dict[str, str], skeleton: Skeleton) -> list[str]:
 
 def _carriable(reader: QuantizedReader, holder: Holder) -> dict[str, Grid | str]:
     """For each layer the grid on which the target holds its codes, or why it cannot."""
-    wanted = model_dtype(reader.config)
     found: dict[str, Grid | str] = {name: reader.why_dense(name) for name in reader.ordered}
-    for name, grid in reader.quantized.items():
-        shape = reader.shape(name)
-        why = holder.refuses(grid, shape)
-        without = replace(grid, symmetric=True)
-        if why and (grid.symmetric or holder.refuses(without, shape)):
-            found[name] = why
-        elif why or holder.exact or grid.scale_dtype != wanted or wanted not in holder.scales:
-            found[name] = _narrowed(name, reader.qtensor(name), holder, wanted, without if why else grid)
-        else:
-            found[name] = grid
-    return found
+    return found | {name: _carried(reader, holder, name) for name in reader.quantized}
+
+
+def _carried(reader: QuantizedReader, holder: Holder, name: str) -> Grid | str:
+    wanted, grid, shape = model_dtype(reader.config), reader.quantized[name], reader.shape(name)
+    why = holder.refuses(grid, shape)
+    without = replace(grid, symmetric=True)
+    if why and (grid.symmetric or holder.refuses(without, shape)):
+        return why
+    if why or holder.exact or grid.scale_dtype != wanted or wanted not in holder.scales:
+        return _narrowed(name, reader.qtensor(name), holder, wanted, without if why else grid)
+    return grid
 
 
 def _narrowed(name: str, q: QTensor, holder: Holder, wanted: torch.dtype, grid: Grid) -> Grid | str:
@@ -177,13 +177,18 @@ def _requantized(
     if holder is None:
         raise Unsupported("plain safetensors hold no codes", "there is nothing to requantize for", "--dequantize")
     own = reader.quantized | reader.ordered
-    if not holder.weight_only and holder.name != "compressed-tensors":
-        why = "it holds floats with rounded inputs, which only calibration or `--scheme FP8_BLOCK` makes"
-        raise Unsupported(f"nothing is rounded again for {holder.name}", why, f"infopt quantize --format {holder.name}")
+    if not _rounds(holder):
+        why = "it holds floats with rounded inputs, which are made from the original model"
+        fix = f"infopt quantize MODEL --method fp8 --scheme FP8_BLOCK --format {holder.name}"
+        raise Unsupported(f"nothing is rounded again for {holder.name}", why, fix)
     if holder.mixed:
         return {name: carried.get(name) or _first(reader, holder, own[name], [name]) for name in names}
     base = next(iter(carried.values()), None) or Counter(own.values()).most_common(1)[0][0]
     return dict.fromkeys(names, _first(reader, holder, base, names))
+
+
+def _rounds(holder: Holder) -> bool:
+    return holder.weight_only or holder.name == "compressed-tensors"
 
 
 def _first(reader: QuantizedReader, holder: Holder, old: Grid, names: list[str]) -> Grid:
@@ -217,7 +222,13 @@ def _needs_loss(
         return Unsupported(what, "they can only be dequantized, which makes them larger", "--dequantize")
     what = f"{len(lost)} of {total} layers cannot be carried over to {holder.name} as they are"
     ops = {name: (grid, reader.shape(name)) for name, grid in reader.quantized.items()}
-    other = None if reader.ordered else nearest(ops, holder.name, reader.form.name)
+    able = (
+        other.name
+        for other in ([] if reader.ordered else others(holder.name))
+        if other.name != reader.form.name and objection(other, ops) is None
+        if all(isinstance(_carried(reader, other, name), Grid) for name in ops)
+    )
+    other = next(able, None)
     hint = f"; `--format {other}` carries them" if other else ""
-    fix = f"--requantize (rounds them again) or --dequantize (stores floats){hint}"
-    return Unsupported(what, f"{lost[0]}: {found[lost[0]]}", fix)
+    again = "--requantize (rounds them again) or " if _rounds(holder) else ""
+    return Unsupported(what, f"{lost[0]}: {found[lost[0]]}", f"{again}--dequantize (stores floats){hint}")

@@ -57,14 +57,13 @@ def check(form: Holder, ops: Mapping[str, tuple[Grid, Shape]]) -> None:
     why = objection(form, ops)
     if why is None:
         return
-    able = nearest(ops, form.name)
+    able = next((other.name for other in others(form.name) if objection(other, ops) is None), None)
     fix = f"--format {able}" if able else "choose other --bits, --group-size or --sym"
     raise Unsupported(f"the format {form.name} cannot hold this model", why, fix)
 
 
-def nearest(ops: Mapping[str, tuple[Grid, Shape]], near: str, besides: str = "") -> str | None:
-    """A format that holds all of these ops: another version of `near` if one does, else the first of the table."""
-    table = GGUF_FORMATS if near in GGUF_FORMATS else FORMATS
-    order = sorted(table, key=lambda name: not name.startswith(near))
-    able = (name for name in order if name not in (near, besides) and objection(table[name], ops) is None)
-    return next(able, None)
+def others(name: str) -> list[Format]:
+    """The formats to try where this one will not do, the best guess first: its other version, then the table's order."""
+    table = GGUF_FORMATS if name in GGUF_FORMATS else FORMATS
+    order = sorted(table, key=lambda other: not other.startswith(name.removesuffix("_v2")))
+    return [table[other] for other in order if other != name]

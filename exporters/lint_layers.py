@@ -8,11 +8,12 @@ Legend: O output channels, I input columns, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from infopt.exporters.lint_model import SCALES, Finding, Layer, Level, Model, found, quoted, values
+from infopt.exporters.lint_scheme import packed_numbers
 from infopt.header import TensorInfo, read_tensor
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -57,8 +58,8 @@ def _problems(info: TensorInfo, zero: bool, negative: bool) -> Iterator[str]:
 
 
 def fused_siblings(model: Model) -> Iterator[Finding]:
-    """q/k/v and gate/up become one weight in servers: one scheme, one group size, one per-tensor scale."""
-    layers = model.layers
+    """q/k/v and gate/up become one weight in servers: one scheme, one group size, one per-tensor scale. MLX fuses nothing."""
+    layers = model.layers if model.method != "mlx" else {}
     for name in sorted(layers):
         parent, _, last = name.rpartition(".")
         names = next((names for names in FUSED if names[0] == last), None)
@@ -158,10 +159,11 @@ def act_order(model: Model) -> Iterator[Finding]:
 def group_degrees(model: Model) -> Iterator[Finding]:
     """Row-parallel layers are cut between groups: too few groups, or an odd number, rule degrees out."""
     told: set[tuple[int, int]] = set()
+    numbers = packed_numbers(model)
     heads = model.text_config.get("num_attention_heads", model.text_config.get("n_head"))
     heads = heads if type(heads) is int else 8  # a degree that the heads refuse anyway is not the groups' fault
     for layer in model.layers.values():
-        size = _columns_and_groups(model, layer) if layer.last in ROW_PARALLEL else None
+        size = _columns_and_groups(model, layer, numbers) if layer.last in ROW_PARALLEL else None
         if size is None or size[1] <= 1 or size in told:
             continue
         told.add(size)
@@ -225,10 +227,12 @@ def _block(model: Model) -> tuple[int, int] | None:
     return None
 
 
-def _columns_and_groups(model: Model, layer: Layer) -> tuple[int, int] | None:
+def _columns_and_groups(
+    model: Model, layer: Layer, numbers: Mapping[str, tuple[object, object]]
+) -> tuple[int, int] | None:
     parts = layer.parts
     if "qweight" in parts and "scales" in parts and len(parts["scales"].shape) == 2:
-        words, bits = parts["qweight"].shape[0], model.quantization.get("bits")
+        words, bits = parts["qweight"].shape[0], numbers.get(layer.name, (None, None))[0]
         columns = words if model.method == "awq" else words * 32 // bits if type(bits) is int and bits > 0 else 0
         return (columns, parts["scales"].shape[0]) if columns else None
     scale = parts.get("weight_scale")
@@ -254,10 +258,12 @@ def _logical(layer: Layer) -> tuple[int, int] | None:
 
 def shapes(model: Model) -> Iterator[Finding]:
     """Packed tensors that contradict each other or the section, and sizes that kernels refuse."""
+    numbers = packed_numbers(model)
     for layer in model.layers.values():
         if not layer.quantized:
             continue
-        for message in _flat_shapes(model, layer) if "qweight" in layer.parts else _packed_shapes(layer):
+        flat = "qweight" in layer.parts
+        for message in _flat_shapes(model, layer, *numbers.get(layer.name, ())) if flat else _packed_shapes(layer):
             yield found("shape", "error", layer.info(), message, "quantize the layer again")
         logical = _logical(layer)
         if logical and any(side % 32 for side in logical):
@@ -265,9 +271,8 @@ def shapes(model: Model) -> Iterator[Finding]:
             yield found("shape", "warning", layer.info(), message, "leave this layer out, or pad the model")
 
 
-def _flat_shapes(model: Model, layer: Layer) -> Iterator[str]:
+def _flat_shapes(model: Model, layer: Layer, bits: object = None, size: object = None) -> Iterator[str]:
     """gptq and awq: qweight, qzeros and scales against bits and group_size."""
-    bits, size = model.quantization.get("bits"), model.quantization.get("group_size")
     missing = [part for part in ("scales", "qzeros") if part not in layer.parts]
     if missing:
         yield f"{quoted(missing)} is missing"

@@ -130,6 +130,32 @@ def _test(pattern: str, key: str) -> Callable[[str], bool] | None:
     return lambda name: name == pattern or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.")
 
 
+def packed_numbers(model: Model) -> dict[str, tuple[object, object]]:
+    """{layer: (bits, group_size)} of a gptq or awq folder: the section's, or those of the first rule in its table `dynamic`
+    that means the layer. Absent are layers of which that cannot be found out safely."""
+    section, numbers = model.quantization, {}
+    dynamic = section.get("dynamic")
+    rules = [
+        (rule, _test(f"re:{key.removeprefix('+:')}", "dynamic"))
+        for key, rule in (dynamic.items() if isinstance(dynamic, dict) else ())
+        if isinstance(rule, dict) and not key.startswith("-:")
+    ]
+    deadline = time.monotonic() + _SECONDS
+    for name in model.layers:
+        own: dict[str, Any] | None = {}
+        for rule, test in rules:
+            if test is None or len(name) > _LONG or time.monotonic() > deadline:
+                own = None
+                break
+            if test(name):
+                own = rule
+                break
+        if own is not None:
+            said = {**section, **own}
+            numbers[name] = said.get("bits"), said.get("group_size")
+    return numbers
+
+
 def _closest(pattern: str, modules: list[str]) -> str:
     last = pattern.rpartition(".")[2]
     same = [name for name in modules if name.rpartition(".")[2] == last and last]

@@ -160,7 +160,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise UsageError(
             f"{path} is a file",
             "A model is a folder with config.json and safetensors.",
-            f"infopt inspect {quote(str(path.parent))}",
+            f"Give its folder: {quote(str(path.parent))}",
         )
     if not model or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or "\0" in model:
         raise BadInput(f"There is no folder {show(model)}", "", look(path.parent))

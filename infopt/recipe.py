@@ -93,7 +93,7 @@ class Target(_Strict):
     """A budget that decides the bits of every layer: `bits` on average (of codes, without scales), or the `size` of all
     weight files, such as "3GB". choices: the bits to choose from."""
 
-    bits: float | None = Field(default=None, gt=0)
+    bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     size: str | None = None
     choices: tuple[Literal[2, 3, 4, 8], ...] = Field(default=(3, 4, 8), min_length=1, strict=False)
 
@@ -116,7 +116,7 @@ class CalibrationData(_Strict):
     dataset: str = "builtin"
     num_samples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=8)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     split: str | None = None
     column: str | None = None
     padding: bool = False
@@ -202,7 +202,7 @@ def with_scheme(data: dict[str, Any], name: str) -> dict[str, Any]:
     """A recipe's plain data with the types of the scheme, and the step that static inputs need; UsageError for others."""
     scheme = SCHEMES.get(name.upper())
     if scheme is None:
-        raise UsageError(f"--scheme {name}", did_you_mean(name.upper(), list(SCHEMES)), "--scheme W4A16")
+        raise UsageError(f"--scheme {name}", f"known: {', '.join(SCHEMES)}", "--scheme W4A16")
     steps = [row for row in data["steps"] if "input_scale" not in row]
     if scheme["inputs"] and scheme["inputs"].get("dynamic") is False:
         steps = [*steps, {"input_scale": {}}]

@@ -19,6 +19,7 @@ import infopt
 from infopt.errors import BadInput
 from infopt.header import read_json
 from infopt.output import write_json
+from infopt.report import note
 from infopt.topology import Topology
 
 
@@ -61,6 +62,10 @@ class Marks:
     def restart(self, fingerprint: str, hidden: str | None) -> None:
         """Forget everything. hidden: the digest of block 0's input, None for a run without data."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if lost := sum(1 for _ in self.folder.glob("block-*.json")):
+            note(
+                f"begun anew: {lost} finished blocks of an earlier run, of another model, recipe, data or software, are dropped"
+            )
         for path in self.folder.iterdir():
             path.unlink()
         write_json(self.folder / "start.json", {"fingerprint": fingerprint, "hidden": hidden})

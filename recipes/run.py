@@ -113,7 +113,14 @@ class Run:
         """The plan with scales as the format stores them; Unsupported, before any work, where it cannot hold the plan."""
         grids = {name: self.form.settled(grid) for name, grid in made.grids.items()}
         modules = {name: self.skeleton.model.get_submodule(name) for name in grids}
-        check(self.form, {name: (grid, out_in(modules[name])) for name, grid in grids.items()})
+        held = {name: (grid, out_in(modules[name])) for name, grid in grids.items()}
+        if self.recipe.target:  # any layer may be given any of these
+            held = {
+                f"{name} with {bits} bits": (replace(grid, bits=bits), shape)
+                for name, (grid, shape) in held.items()
+                for bits in self.recipe.target.choices
+            }
+        check(self.form, held)
         if self.recipe.kv_cache and self.form.weight_only:
             raise Unsupported(
                 f"the format {self.form.name} says nothing about a key-value cache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from infopt.errors import UsageError
 
 GROUPINGS = ("position", "similarity")
 MERGES = ("lstsq", "mean", "first")
+_FLAGS = {"grouping": "--group", "refit": "--no-refit", "heal": "--no-heal"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ class RewriteOptions:
                 raise UsageError(f"{flag} {rate}", "it must be above 0 and at most 1", f"{flag} {usual}")
         if self.heal_steps and not self.attention:
             raise UsageError("--heal-steps", "a rotation leaves the function: nothing is to be healed", "leave it out")
+        for names, missing in self._without_effect():
+            for name in names:
+                if getattr(self, name) != getattr(RewriteOptions, name):
+                    flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+                    raise UsageError(f"{flag} without {missing}", "it would have no effect", f"drop {flag}")
+
+    def _without_effect(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """(fields that nothing reads here, the flag that they go with)."""
+        if self.kv_heads is None:
+            yield ("grouping", "merge", "refit"), "--kv-heads"
+        if self.window is None:
+            yield ("every", "sinks"), "--window"
+        if not self.attention:
+            yield ("heal", "steps", "lr", "heal_lr", "checkpointing"), "--kv-heads or --window"
+        if not self.heal_steps:
+            yield ("heal_lr",), "--heal-steps"
 
     @property
     def attention(self) -> bool:

@@ -35,7 +35,7 @@ from infopt.exporters.quantized import QuantizedReader
 from infopt.grid import Grid, Inputs
 from infopt.header import DTYPES, TensorInfo
 from infopt.kernels.cpu import Precision
-from infopt.kv_cache import CacheGrid, CacheScales
+from infopt.kv_cache import CacheGrid, CacheScales, RoundingCache, with_cache
 from infopt.memory import release
 from infopt.model import Skeleton
 from infopt.runtime.linear import QuantLinear
@@ -197,8 +197,10 @@ class RankModel:
         """Run this stage's blocks over all windows, one block in memory at a time; the argument is overwritten."""
         for i in self.blocks:
             block, originals = self._load_block(i)
+            cache = RoundingCache(self.cache, self.cache_scales(i)) if self.cache else None
             for some in steps(hidden_NTC):
                 call = self.skeleton.calls(*hidden_NTC[some].shape[:2])[i]
+                call = with_cache(call, block, cache) if cache else call
                 hidden_NTC[some] = call.run(block, hidden_NTC[some])
             for path, module in originals.items():
                 put(block, path, module)

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -62,6 +63,15 @@ class Gates:
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     min_top1: float | None = None
+
+    def __post_init__(self) -> None:
+        """UsageError for a limit that no model, or every model, would pass."""
+        for name, least, most in (("max_kl", 0, inf), ("max_ppl_increase", -1, inf), ("min_top1", 0, 1)):
+            limit = getattr(self, name)
+            if limit is not None and not (least <= limit <= most and limit < inf):
+                flag = "--" + name.replace("_", "-")
+                why = f"It is a number from {least} {f'to {most}' if most < inf else 'on'}."
+                raise UsageError(f"{flag} {limit:g}", why, f"{flag} {0.9 if most == 1 else 0.1}")
 
     def checks(self, quality: Comparison) -> list[Check]:
         """One row per gate that is set. A value that is not a number passes none."""
@@ -140,12 +150,13 @@ class Verdict:
             fix = "Quantize the model again, or fetch an undamaged copy."
             raise VerificationFailed(f"{self.folder} failed verification: {bad[0].name}", bad[0].detail, fix)
 
-    def raise_for_gates(self) -> None:
+    def raise_for_gates(
+        self, fix: str = "Quantize with more --bits, a smaller --group-size or another --method."
+    ) -> None:
         """GateFailed, naming each gate that was missed."""
         missed = [gate for gate in self.gates if not gate.ok]
         if missed:
             why = "; ".join(f"{gate.name.removeprefix('gate: ')} is {gate.detail}" for gate in missed)
-            fix = "Try more bits, a smaller --group-size, another --method or more --num-samples."
             raise GateFailed(f"{self.folder} is intact, but missed a gate", why, fix)
 
 

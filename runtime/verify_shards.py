@@ -26,7 +26,8 @@ from infopt.writer import os_errors
 
 #: Largest relative difference between N ranks and one: fp32 summed in another order.
 TOLERANCE = 1e-4
-#: Where layers round their inputs: a last bit may push a value over a rounding edge, to the next of 255 steps.
+#: Where layers round their inputs, or a cache its keys and values: a last bit may push one over a rounding edge, to the next
+#: of 255 steps.
 ROUNDED_TOLERANCE = 5e-2
 LoadFor = Callable[[Path], tuple[torch.Tensor, dict[str, Any]]]
 
@@ -79,10 +80,12 @@ def _same_answers(folder: Path, whole: Path, windows_NT: torch.Tensor, tp: int, 
     model.free_outer()
     errors = {"hidden states": difference(hidden_NTC, wanted_NTC), "logits": difference(logits_NTV, wanted_NTV)}
     said = ", ".join(f"{what} differ by {error:.1e}" for what, error in errors.items())
-    rounded = any(grid.inputs is not None for grid in model.quantized.values())
+    rounded = model.cache is not None or any(grid.inputs is not None for grid in model.quantized.values())
     most = ROUNDED_TOLERANCE if rounded else TOLERANCE
     fine = all(error <= most for error in errors.values())  # also False for NaN
-    return Check(name, fine, f"{said} (relative; at most {most:.0e}{', inputs are rounded' if rounded else ''})")
+    return Check(
+        name, fine, f"{said} (relative; at most {most:.0e}{', values are rounded on the way' if rounded else ''})"
+    )
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:

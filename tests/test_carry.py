@@ -116,6 +116,7 @@ def test_all_formats_hold_the_same_weights(home: Path, tmp_path: Path) -> None:
         ("asym", "gptq", ("14 of 14", Q, "zero", "--requantize", "--dequantize", "--format gptq_v2")),
         ("eight", "awq", ("14 of 14", "4 bits, not 8", "--format gptq")),
         ("sym", "safetensors", ("14 layers", "--dequantize")),
+        ("sym", "fp8", ("14 of 14", "try: --dequantize")),
     ],
 )
 def test_what_cannot_be_carried_says_what_would_help(
@@ -132,6 +133,7 @@ def test_scales_that_float16_would_round(tmp_path: Path) -> None:
     assert infopt("quantize", tmp_path / "model", "-o", tmp_path / "q", *RTN).code == 0
     result = infopt("convert", tmp_path / "q", "-o", tmp_path / "out", "--format", "gptq")
     assert result.code == 4 and "float32 numbers that float16 would round" in result.err
+    assert "`--format mlx` carries them" in result.err  # and not the other version, which has the same scales
     done = convert(tmp_path / "q", tmp_path / "out", "gptq", "--requantize")
     assert len(done["requantized"]) == 14
     directly = infopt("quantize", tmp_path / "model", "-o", tmp_path / "direct", *RTN, "--format", "gptq")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -325,6 +326,20 @@ def test_a_gptq_folder(tmp_path):
 def test_gptq_settings_that_engines_refuse(tmp_path, keys, level, rule):
     findings = lint(gptq(tmp_path / "m", **keys))
     assert (level, rule) in {(f.level, f.rule) for f in findings}, findings
+
+
+def test_layers_with_numbers_of_their_own(tmp_path):
+    """What `dynamic` says of a layer is what its tensors are held to: the right numbers pass, wrong ones are found."""
+    own = {
+        "+:^" + re.escape(f"{LAYER}.mlp.gate_proj") + "$": {"bits": 4, "group_size": 32},
+        "+:.*up.*": {"group_size": 32},
+    }
+    assert not [f for f in lint(gptq(tmp_path / "m", group_size=64, dynamic=own)) if f.rule == "shape"]
+    (wrong,) = [f for f in lint(gptq(tmp_path / "n", group_size=64, dynamic={"+:.*up.*": {"group_size": 32}}))
+                if f.rule == "shape" and "scales" in f.message]  # fmt: skip
+    assert "gate_proj" in wrong.tensor
+    hopeless = {"+:(a+)+$": {"group_size": 64}}
+    assert not [f for f in lint(gptq(tmp_path / "o", dynamic=hopeless)) if f.rule == "shape"]
 
 
 def test_activation_order_that_the_config_hides(tmp_path):

@@ -140,6 +140,20 @@ def test_other_formats_and_rounded_inputs(tmp_path, kind):
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("cache", ["fp8", "int8", "int4", "int4-token", "int4-balanced"])
+def test_ranks_round_their_part_of_the_cache(tmp_path, cache):
+    model = tiny("llama", tmp_path / "m", **WIDE)
+    data = ["--dataset", text(tmp_path), "--num-samples", 2, "--seqlen", 32]
+    asked = ["--method", "kv-cache", "--kv-cache", cache, *data, "--no-verify", "-o", tmp_path / "q"]
+    assert infopt("quantize", model, *asked).code == 0
+    assert infopt("shard", tmp_path / "q", "--tp", 2, "--pp", 2, "-o", tmp_path / "s").code == 0
+    found, wanted = run_in_threads(tmp_path / "s", windows())[1], whole(tmp_path / "q", windows())[1]
+    unrounded = whole(model, windows())[1]
+    assert difference(found, wanted) < difference(unrounded, wanted) / 10
+    done = infopt("verify", tmp_path / "s", *data[:2], "--num-samples", 1, "--seqlen", 32)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("flags", [None, ["--bits", 4], ["--bits", 4, "--asym"]])
 def test_padding_changes_nothing(tmp_path, flags):
     model = tiny("llama", tmp_path / "m", intermediate_size=224, vocab_size=127, tie_word_embeddings=True)

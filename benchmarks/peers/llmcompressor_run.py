@@ -18,7 +18,8 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from runner import arguments, finish, stopwatch, windows
 from transformers import AutoModelForCausalLM
 
-PRESETS = ("W8A8", "FP8_DYNAMIC")
+PRESETS = ("W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 # Gemma's norm before gate and up. The table of llm-compressor 0.14 names the norm after the attention, which does not
 # write what they read: the model would be another one.
 GEMMA = [
@@ -28,7 +29,7 @@ GEMMA = [
 
 
 def main() -> None:
-    options = arguments("rtn", "gptq", "smoothquant", "smoothquant+gptq")
+    options = arguments("rtn", "gptq", "smoothquant", "smoothquant+gptq", "kv-cache")
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.torch_dtype)
     recipe = steps(options, model)
     result: dict[str, object] = {}
@@ -62,7 +63,14 @@ def steps(options: argparse.Namespace, model: torch.nn.Module) -> list[Modifier]
 
 
 def grid(options: argparse.Namespace) -> dict[str, Any]:
-    """What weights, and inputs, are rounded to."""
+    """What weights, and inputs, are rounded to, or keys and values."""
+    if options.scheme == "KV_FP8":
+        cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+        return {"kv_cache_scheme": cache}
+    if options.scheme == "W8A8_STATIC":
+        inputs = {**INT8, "strategy": "tensor", "dynamic": False}
+        both = {"weights": {**INT8, "strategy": "channel"}, "input_activations": inputs}
+        return {"config_groups": {"group_0": {"targets": ["Linear"], **both}}}
     if options.scheme in PRESETS:
         return {"targets": "Linear", "scheme": options.scheme}
     weights = {

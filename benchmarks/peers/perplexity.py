@@ -8,7 +8,8 @@ predicted. Three kinds of output are read:
   GPTQ                 decoded here (transformers would need GPTQModel for it): `w = (q - z) * s`
   dequantized/*.safetensors   put over the original model's weights
 Where compressed-tensors' config has `input_activations`, the inputs of every linear layer that has a scale are rounded as
-engines do it: for each token, int8 from -127 to 127 or E4M3, with a scale from its largest value (`round_inputs`).
+engines do it: int8 or E4M3, with a scale from the largest value of a token, or of 128 columns of it, or with the one that is
+stored (`round_inputs`). With a `kv_cache_scheme` keys and values are rounded to E4M3 by the stored scales (`Cache`).
 Anything missing or unexpected is an error: a perplexity of a half-loaded model is worse than none.
 """
 
@@ -25,7 +26,7 @@ import torch
 from compressed_tensors.quantization.lifecycle import forward_helpers
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, DynamicCache
 
 
 def main() -> None:
@@ -73,7 +74,9 @@ def eval_windows(options: argparse.Namespace) -> torch.Tensor:
 
 def log_probs(model: torch.nn.Module, ids_T: torch.Tensor) -> torch.Tensor:
     """float32 [T - 1, V]"""
-    return model(ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    cache = Cache(model.kv_scales) if hasattr(model, "kv_scales") else None
+    found = model(ids_T[None], past_key_values=cache, use_cache=cache is not None)
+    return found.logits[0, :-1].float().log_softmax(-1)
 
 
 def original_log_probs(options: argparse.Namespace, ids_NT: torch.Tensor) -> np.ndarray:
@@ -119,8 +122,10 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
             quantization_config=CompressedTensorsConfig(dequantize=True),
             output_loading_info=True,
         )
-        _refuse(notes["missing_keys"], notes["unexpected_keys"])
+        _refuse(notes["missing_keys"], [name for name in notes["unexpected_keys"] if not name.endswith(KV_SCALES)])
         round_inputs(model, folder, quantization)
+        if quantization.get("kv_cache_scheme"):
+            model.kv_scales = kv_scales(folder, quantization["kv_cache_scheme"], model.config.num_hidden_layers)
         return model.eval()
     if kind == "gptq":
         return _put_over(original, decode_gptq(folder, quantization))
@@ -138,17 +143,20 @@ def decode_in_float32() -> None:
     forward_helpers._dequantize = dequantize
 
 
-def int8_per_token(x_TI: torch.Tensor) -> torch.Tensor:
-    scale_T1 = (x_TI.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
-    return (x_TI / scale_T1).round() * scale_T1
+def scaled_by_maximum(x_TI: torch.Tensor, kind: str) -> torch.Tensor:
+    """Rounded by a scale from the largest value of each row."""
+    scale_T1 = (x_TI.abs().amax(-1, keepdim=True) / LARGEST[kind]).clamp(min=1e-12)
+    return rounded(x_TI, scale_T1, kind)
 
 
-def e4m3_per_token(x_TI: torch.Tensor) -> torch.Tensor:
-    scale_T1 = (x_TI.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
-    return (x_TI / scale_T1).to(torch.float8_e4m3fn).float() * scale_T1
+def rounded(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "int":
+        return (x / scale).round().clamp(-128, 127) * scale
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-INPUTS = {("int", 8): int8_per_token, ("float", 8): e4m3_per_token}
+LARGEST = {"int": 127, "float": 448}
+KV_SCALES = (".k_scale", ".v_scale")
 
 
 def round_inputs(model: torch.nn.Module, folder: Path, quantization: dict) -> None:
@@ -157,20 +165,64 @@ def round_inputs(model: torch.nn.Module, folder: Path, quantization: dict) -> No
     if kinds == [None] * len(kinds):
         return
     given = kinds[0]
-    if (
-        any(kind != given for kind in kinds)
-        or not given["dynamic"]
-        or given["strategy"] != "token"
-        or not given["symmetric"]
-    ):
-        raise SystemExit(f"{folder}: inputs {kinds} are not one symmetric type with a scale for each token")
-    rounding = INPUTS[given["type"], given["num_bits"]]
-    layers = dict(model.named_modules())
+    how = given["dynamic"], given["strategy"], given.get("group_size")
+    known = ((True, "token", None), (True, "group", 128), (False, "tensor", None))
+    if any(kind != given for kind in kinds) or how not in known or not given["symmetric"] or given["num_bits"] != 8:
+        raise SystemExit(f"{folder}: inputs {kinds} are not one type that this evaluator rounds")
+    layers, kind = dict(model.named_modules()), given["type"]
+    stored = stored_tensors(folder, ".input_scale")
     scaled = [name.removesuffix(".weight_scale") for name in stored_names(folder) if name.endswith(".weight_scale")]
     if not scaled:
         raise SystemExit(f"{folder}: no layer has a scale")
+
+    def hook(name: str) -> Any:
+        def before(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x_TI = args[0]
+            if not given["dynamic"]:
+                x_TI = rounded(x_TI, stored[f"{name}.input_scale"], kind)
+            elif how[2] is None:
+                x_TI = scaled_by_maximum(x_TI, kind)
+            else:
+                x_TI = torch.cat([scaled_by_maximum(part, kind) for part in x_TI.split(how[2], -1)], -1)
+            return (x_TI, *args[1:])
+
+        return before
+
     for name in scaled:
-        layers[name].register_forward_pre_hook(lambda _, args: (rounding(args[0]), *args[1:]))
+        layers[name].register_forward_pre_hook(hook(name))
+
+
+class Cache(DynamicCache):
+    """Gives a layer's keys and values back as an FP8 cache with these scales holds them."""
+
+    def __init__(self, scales: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        k_scale, v_scale = self.scales[layer_idx]
+        return rounded(keys, k_scale, "float"), rounded(values, v_scale, "float")
+
+
+def kv_scales(folder: Path, scheme: dict, layers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each layer's stored scales of keys and of values, one number each."""
+    if (scheme["type"], scheme["num_bits"], scheme["strategy"], scheme["dynamic"]) != ("float", 8, "tensor", False):
+        raise SystemExit(f"{folder}: a cache of {scheme} is none that this evaluator rounds")
+    stored = stored_tensors(folder, *KV_SCALES)
+    if len(stored) != 2 * layers:
+        raise SystemExit(f"{folder}: {len(stored)} scales for {layers} layers' keys and values")
+    of = {int(name.split(".layers.")[1].split(".")[0]): name.rpartition(".")[0] for name in stored}
+    return [(stored[f"{of[i]}.k_scale"], stored[f"{of[i]}.v_scale"]) for i in range(layers)]
+
+
+def stored_tensors(folder: Path, *ends: str) -> dict[str, torch.Tensor]:
+    """The tensors, fp32, whose names end in one of these."""
+    found = {}
+    for part in sorted(folder.glob("*.safetensors")):
+        with safe_open(part, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(ends)]  # noqa: SIM118
+            found |= {name: file.get_tensor(name).float() for name in names}
+    return found
 
 
 def stored_names(folder: Path) -> list[str]:
