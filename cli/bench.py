@@ -23,7 +23,10 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to write.")] = 64,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.packed,
-    kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    kv_cache: Annotated[
+        KVCache,
+        typer.Option(help="Type of the cache; stored: as the folder says. int4 without calibration is rough."),
+    ] = KVCache.stored,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",
     plot: Annotated[
         Path | None,

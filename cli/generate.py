@@ -41,7 +41,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens that reach this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws.")] = 0,
     precision: Annotated[Kernels, typer.Option(help="How quantized layers run.")] = Kernels.exact,
-    kv_cache: Annotated[KVCache, typer.Option(help="Type of the cache; stored: as the folder says.")] = KVCache.stored,
+    kv_cache: Annotated[
+        KVCache,
+        typer.Option(help="Type of the cache; stored: as the folder says. int4 without calibration is rough."),
+    ] = KVCache.stored,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N for one of several GPUs.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, when it is complete.")] = False,
 ) -> None:

@@ -56,7 +56,7 @@ def compilers() -> Iterator[str]:
 def library(source: Path, folder: Path, found: Sequence[str], flags: Sequence[str] = ()) -> Library | None:
     """The library of a C++ file. folder: of libraries kept; found: compilers to try; flags: instead of this processor's."""
     attempts = (tuple(flags),) if flags else _ATTEMPTS
-    with suppress(OSError):  # a home that cannot be written to: nothing can be kept
+    with suppress(OSError):  # a home that cannot be written to: it is built again in every process
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for compiler in found:
         for attempt in attempts:
@@ -76,17 +76,19 @@ def _library(source: Path, folder: Path, command: list[str]) -> Library | None:
     name = Path(command[0]).name + _version(about)
     with suppress(OSError):
         return Library(ctypes.CDLL(str(path)), name)
+    keep = os.access(folder, os.W_OK)
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
+        with tempfile.TemporaryDirectory(dir=folder if keep else None) as place:
             made = Path(place) / path.name
             objects = made.with_suffix(".o")
             if _run([*command, "-c", str(source), "-o", str(objects)]) is None:
                 return None
             if _run([command[0], "-shared", *_UNDEFINED, str(objects), "-o", str(made)]) is None:
                 return None
-            ctypes.CDLL(str(made))  # raises OSError where a function is nowhere to be found
-            os.replace(made, path)
-        return Library(ctypes.CDLL(str(path)), name)
+            loaded = ctypes.CDLL(str(made))  # raises OSError where a function is nowhere to be found
+            if keep:
+                os.replace(made, path)
+        return Library(loaded, name)
     except OSError:
         return None
 

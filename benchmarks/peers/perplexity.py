@@ -122,7 +122,7 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
             quantization_config=CompressedTensorsConfig(dequantize=True),
             output_loading_info=True,
         )
-        _refuse(notes["missing_keys"], [name for name in notes["unexpected_keys"] if not name.endswith(KV_SCALES)])
+        _refuse(notes["missing_keys"], [name for name in notes["unexpected_keys"] if not name.endswith(READ_HERE)])
         round_inputs(model, folder, quantization)
         if quantization.get("kv_cache_scheme"):
             model.kv_scales = kv_scales(folder, quantization["kv_cache_scheme"], model.config.num_hidden_layers)
@@ -157,6 +157,7 @@ def rounded(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
 
 LARGEST = {"int": 127, "float": 448}
 KV_SCALES = (".k_scale", ".v_scale")
+READ_HERE = (".input_scale", *KV_SCALES)  # scales that transformers has no place for
 
 
 def round_inputs(model: torch.nn.Module, folder: Path, quantization: dict) -> None:
