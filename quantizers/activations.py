@@ -1,6 +1,7 @@
 """Static scales for the inputs of layers: chosen once, from calibration, so that a server need not look for maxima.
 
 The largest value seen wastes codes on outliers, so the range is shrunk by the ratio with the smallest error of the outputs.
+That of floats is not: their error is relative, and it may only grow, by less than two.
 Errors of different channels are taken as independent, which needs no product per candidate:
 
     err(r) = sum over c of ||W_:c||^2 * sum over sampled tokens of (x_c - r(x_c))^2
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopt.grid import Inputs
-from infopt.quantizers.rounding import CLIPPING
+from infopt.quantizers.rounding import CLIPPING, OCTAVE
 from infopt.quantizers.work import BlockWork
 from infopt.topology import Op, Space
 
@@ -51,4 +52,4 @@ class InputScale:
         def error(ratio: float) -> float:
             return float(((inputs.round(x_SC, scale(ratio)) - x_SC).square_().sum(0) * cost_C).sum(dtype=torch.float64))
 
-        return scale(min(CLIPPING, key=error) if self.search else 1.0)
+        return scale(min(CLIPPING if inputs.kind == "int" else OCTAVE, key=error) if self.search else 1.0)

@@ -32,6 +32,9 @@ from infopt.topology import Op, Space
 _CHUNK = 256  # rows whose candidates are tried together
 CLIPPING = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 NEAR = tuple(1 + i / 128 for i in sorted(range(-6, 7), key=abs))  # steps of the significant bits of a bf16 scale
+OCTAVE = tuple(
+    1 + i / 16 for i in range(16)
+)  # of floats: all the ways to lie between two powers of two, nothing cut off
 
 
 def choose_range(
@@ -155,6 +158,11 @@ class Round:
             width = grid.width(w_OI.shape[1])
             if self.search and space.name in work.stats and w_OI.shape[1] % width == 0:
                 weight = group_forms(work.gram(space), width)
-            unsearched = (1.0,) if (grid.kind, grid.bits) == ("int", 8) else NEAR
-            ratios = CLIPPING if self.search else unsearched
-            finish(work, ops, round_nearest(w_OI, grid, *choose_range(w_OI, grid, weight, ratios)))
+            finish(work, ops, round_nearest(w_OI, grid, *choose_range(w_OI, grid, weight, self._ratios(grid))))
+
+    def _ratios(self, grid: Grid) -> tuple[float, ...]:
+        """What is tried: where one scale serves a whole tensor of floats, cutting its largest weights off buys nothing."""
+        if (grid.kind, grid.strategy) == ("float", "tensor"):
+            return OCTAVE
+        unsearched = (1.0,) if (grid.kind, grid.bits) == ("int", 8) else NEAR
+        return CLIPPING if self.search else unsearched

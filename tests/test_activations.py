@@ -95,6 +95,20 @@ def test_rounding_inputs_against_the_definition(kind: str) -> None:
     assert bool(torch.isfinite(token.round(x_TI)).all())
 
 
+@pytest.mark.parametrize("method", ["rtn", "fp8"])
+def test_nothing_is_cut_off_where_a_tensor_of_floats_has_one_scale(words: Path, tmp_path: Path, method: str) -> None:
+    model, out = tiny("llama", tmp_path / "m"), tmp_path / "o"
+    done = infopt("quantize", model, "--method", method, "--scheme", "FP8", "--dataset", words, *CALIBRATION, "-o", out)
+    assert done.code == 0, done.err
+    original, written = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    names = [name.removesuffix("_scale") for name in written if name.endswith(".weight_scale")]
+    assert len(names) == 14
+    for name in names:
+        ratio = float(FP8_MAX * written[f"{name}_scale"].max() / original[name].abs().max())
+        fused = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"))
+        assert 0.99 < ratio < (4 if fused else 2), name  # bf16 rounds a scale; fused ones have that of the largest
+
+
 def test_smoothing_is_the_identity_before_rounding_and_helps_after_it() -> None:
     generator = torch.Generator().manual_seed(4)
     x_SC = torch.randn(200, 64, generator=generator)

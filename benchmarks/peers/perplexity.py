@@ -124,6 +124,7 @@ def load(folder: Path, original: Path) -> torch.nn.Module:
         )
         _refuse(notes["missing_keys"], [name for name in notes["unexpected_keys"] if not name.endswith(READ_HERE)])
         round_inputs(model, folder, quantization)
+        fuse(model, folder, quantization)
         if quantization.get("kv_cache_scheme"):
             model.kv_scales = kv_scales(folder, quantization["kv_cache_scheme"], model.config.num_hidden_layers)
         return model.eval()
@@ -191,6 +192,26 @@ def round_inputs(model: torch.nn.Module, folder: Path, quantization: dict) -> No
 
     for name in scaled:
         layers[name].register_forward_pre_hook(hook(name))
+
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fuse(model: torch.nn.Module, folder: Path, quantization: dict) -> None:
+    """Layers that servers fuse get one weight scale where each has one for its whole tensor of floats: the largest, to which
+    vLLM rounds the others again (`requantize_with_max_scale`)."""
+    weights = [group["weights"] for group in quantization["config_groups"].values()]
+    if not all((kind["type"], kind["strategy"]) == ("float", "tensor") for kind in weights):
+        return
+    stored = stored_tensors(folder, ".weight_scale")
+    for name, module in model.named_modules():
+        for siblings in FUSED:
+            scales = {part: stored.get(f"{name}.{part}.weight_scale") for part in siblings}
+            if all(scale is not None for scale in scales.values()):
+                most = max(float(scale) for scale in scales.values())
+                for part in siblings:
+                    weight = getattr(module, part).weight
+                    weight.data = rounded(weight.data, torch.tensor(most), "float")
 
 
 class Cache(DynamicCache):
