@@ -191,7 +191,9 @@ def test_a_reader_that_went_away_ends_it_in_silence():
 
 def test_an_interrupt_says_how_to_go_on(model, tmp_path):
     flags = ("--method", "awq", "--group-size", "32", "--num-samples", "1000", "--seqlen", "256")
-    command = [INFOPT, "quantize", model, *flags, "-o", tmp_path / "out"]
+    # A job in a script's background is started with interrupts ignored, and the tests may run in one.
+    code = "import signal, infopt.cli.main as m; signal.signal(signal.SIGINT, signal.default_int_handler); m.main()"
+    command = [sys.executable, "-c", code, "quantize", model, *flags, "-o", tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while "layers to quantize" not in process.stderr.readline():
