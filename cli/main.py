@@ -49,12 +49,17 @@ class _Lazy(TyperGroup):
         return list(COMMANDS)
 
     def invoke(self, ctx: Any) -> Any:
-        """The command, with what typer would end in its own way: an interrupt, and a reader of stdout that went away."""
+        """Run the command, and turn every failure that a user can cause into a message and its exit code. Here, because typer
+        would end what reaches it in its own way: an interrupt without a word, a closed pipe as an error."""
         try:
             done = super().invoke(ctx)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return done
+        except InfoptError as error:
+            _fail(error)
+        except MemoryError:
+            _fail(OutOfResources("out of memory", "", "close other programs, or try a smaller --seqlen"))
         except KeyboardInterrupt:
             print("interrupted: run the same command again to go on", file=sys.stderr)
             sys.exit(130)
@@ -104,16 +109,11 @@ def _root() -> None:
 
 
 def main() -> None:
-    """Entry point: run the command, and turn every failure that a user can cause into a message and its exit code."""
+    """Entry point."""
     # Models come from the folder or hub id that was named; nothing else may be fetched, and nothing may be reported home.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        app()
-    except InfoptError as error:
-        _fail(error)
-    except MemoryError:
-        _fail(OutOfResources("out of memory", "", "close other programs, or try a smaller --seqlen"))
+    app()
 
 
 def _refused(error: OSError) -> InfoptError:

@@ -32,9 +32,8 @@ from infopt.topology import Op, Space
 _CHUNK = 256  # rows whose candidates are tried together
 CLIPPING = tuple(1 - 0.04 * i for i in range(13))  # 1.00, 0.96, ... 0.52
 NEAR = tuple(1 + i / 128 for i in sorted(range(-6, 7), key=abs))  # steps of the significant bits of a bf16 scale
-OCTAVE = tuple(
-    1 + i / 16 for i in range(16)
-)  # of floats: all the ways to lie between two powers of two, nothing cut off
+# Of floats: all the ways to lie between two powers of two, and nothing is cut off.
+OCTAVE = tuple(1 + i / 16 for i in range(16))
 
 
 def choose_range(

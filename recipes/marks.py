@@ -63,9 +63,8 @@ class Marks:
         """Forget everything. hidden: the digest of block 0's input, None for a run without data."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if lost := sum(1 for _ in self.folder.glob("block-*.json")):
-            note(
-                f"begun anew: {lost} finished blocks of an earlier run, of another model, recipe, data or software, are dropped"
-            )
+            kept = "they are kept for the same model, recipe, data and software"
+            note(f"begun anew: {lost} finished blocks of an earlier run are dropped; {kept}")
         for path in self.folder.iterdir():
             path.unlink()
         write_json(self.folder / "start.json", {"fingerprint": fingerprint, "hidden": hidden})

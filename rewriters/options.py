@@ -46,16 +46,12 @@ class RewriteOptions:
         for name, value, known in (("--group", self.grouping, GROUPINGS), ("--merge", self.merge, MERGES)):
             if value not in known:
                 raise UsageError(f"{name} {value}", f"known: {', '.join(known)}", f"{name} {known[0]}")
-        if self.every is not None and self.window is None:
-            raise UsageError("--every without --window", "it says which layers keep full attention", "--window 1024")
         for flag, rate, usual in (
             ("--lr", self.lr, RewriteOptions.lr),
             ("--heal-lr", self.heal_lr, RewriteOptions.heal_lr),
         ):
             if not 0 < rate <= 1:
                 raise UsageError(f"{flag} {rate}", "it must be above 0 and at most 1", f"{flag} {usual}")
-        if self.heal_steps and not self.attention:
-            raise UsageError("--heal-steps", "a rotation leaves the function: nothing is to be healed", "leave it out")
         for names, missing in self._without_effect():
             for name in names:
                 if getattr(self, name) != getattr(RewriteOptions, name):
@@ -69,7 +65,7 @@ class RewriteOptions:
         if self.window is None:
             yield ("every", "sinks"), "--window"
         if not self.attention:
-            yield ("heal", "steps", "lr", "heal_lr", "checkpointing"), "--kv-heads or --window"
+            yield ("heal", "steps", "lr", "heal_steps", "heal_lr", "checkpointing"), "--kv-heads or --window"
         if not self.heal_steps:
             yield ("heal_lr",), "--heal-steps"
 

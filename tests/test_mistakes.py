@@ -60,6 +60,7 @@ def test_flags_that_make_no_sense(model, tmp_path, name):
     ("flags", "said"),
     [
         ("--rotate --merge mean", "--merge without --kv-heads"),
+        ("--rotate --heal-steps 4", "--heal-steps without --kv-heads or --window"),
         ("--rotate --no-heal", "--no-heal without --kv-heads or --window"),
         ("--window 8 --group position", "--group without --kv-heads"),
         ("--kv-heads 1 --sinks 2", "--sinks without --window"),
